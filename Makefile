@@ -1,0 +1,42 @@
+# Two commands set everything up: `make demo` and `make test`. Each makes .venv once from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-tests
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(STAMP)
+	$(VENV)/bin/halobench demo -o runs/demo
+
+test: $(TEST_STAMP)
+	$(VENV)/bin/python -m pytest -q -n 2
+
+test-slow: $(TEST_STAMP)
+	$(VENV)/bin/python -m pytest -q -m slow
+
+lint: $(TEST_STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(TEST_STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# torch goes first and alone: an open range would pull gigabytes of CUDA packages onto a machine without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# triton is for the interpreter tests only; CUDA builds of torch bring their own.
+$(TEST_STAMP): $(STAMP)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]" triton==3.7.1
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

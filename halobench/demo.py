@@ -1,0 +1,153 @@
+"""The whole story on the embedded teacher: one alignment, five ways to choose, conversions side by side, one leaderboard."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halobench.evaluation import EvalRequest, evaluate_model, profile_models
+from halobench.models import card_of
+from halobench.progress import label_lines, say
+from halobench.recipe import Recipe
+from halobench.records import RunRecord
+from halobench.units import format_seconds
+
+if TYPE_CHECKING:
+    from halobench.pipeline import Conversion
+    from halobench.surgery.selection import Ranking
+
+METHODS = ["halo", "kl-ls", "jet-nemotron", "even", "random"]
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+CONTEXTS = [512, 8192]
+REQUEST = EvalRequest(
+    suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 240), ("niah", 16), ("ppl", 24))
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One conversion of the demo: layers that some selectors chose, with or without HyPE."""
+
+    name: str
+    credit: tuple[Ranking, ...]
+    hype: bool
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The kept layers."""
+        return tuple(self.credit[0].layers)
+
+
+def run_demo(folder: Path, recipe: Recipe, workers: int | None) -> Path:
+    """Runs everything in `folder`, resuming what is there; returns the leaderboard's path."""
+    from halobench.pipeline import Conversion
+    from halobench.reports import write_report
+
+    started = time.monotonic()
+    base = Conversion("tiny", recipe, folder / "base", device="cpu")
+    teacher = card_of("tiny", base.teacher)
+    say(f"teacher: tiny, {teacher.layers} layers, {teacher.parameters:,} parameters, {recipe.kept_count(teacher.layers)} kept")
+    base.align()
+    rankings = base.rank(METHODS)
+    _record_selection(base, rankings, folder)
+    for r in rankings:
+        sure = "" if r.membership is None else f" (bootstrap: {', '.join(f'{r.membership[i]:.0%}' for i in r.layers)})"
+        say(f"select: {r.label} keeps {r.layers}{sure}")
+    variants = plan_variants(rankings)
+    say(f"convert: {len(variants)} students for {len(rankings)} selectors and the RoPE contrast; equal choices share one")
+    _side_by_side(variants, recipe, folder, workers or max(1, len(os.sched_getaffinity(0))))
+    say("profile: teacher and students take turns, the machine otherwise idle")
+    profile_models(["tiny", *(str(folder / v.name) for v in variants)], CONTEXTS, folder / "profile", "cpu")
+    paths = write_report([folder], folder)
+    say(f"finished in {format_seconds(time.monotonic() - started)}; look at:")
+    for path in paths:
+        say(f"  {path}")
+    return folder / "leaderboard.md"
+
+
+def plan_variants(rankings: list[Ranking]) -> list[Variant]:
+    """One variant for each different set of layers, and HALO's choice with RoPE kept in its softmax layers."""
+    groups: dict[tuple[int, ...], list[Ranking]] = {}
+    for ranking in rankings:
+        groups.setdefault(tuple(ranking.layers), []).append(ranking)
+    variants = [
+        Variant(name="keep-" + "-".join(map(str, layers)), credit=tuple(credit), hype=True)
+        for layers, credit in groups.items()
+    ]
+    halo = next(r for r in rankings if r.method == "halo")
+    return [*variants, Variant(name="rope-" + "-".join(map(str, halo.layers)), credit=(halo,), hype=False)]
+
+
+def _record_selection(base: Conversion, rankings: list[Ranking], folder: Path) -> None:
+    keep = len(rankings[0].layers)
+    RunRecord(
+        kind="select",
+        model=card_of(base.teacher_name, base.teacher),
+        details={"selection": {"keep": keep, "methods": {r.method: r.to_json() for r in rankings}}},
+        backends={"device": base.device},
+    ).save(folder / "selection.record.json")
+
+
+def _side_by_side(variants: list[Variant], recipe: Recipe, folder: Path, workers: int) -> None:
+    """Converts and evaluates in several processes of one thread each; the teacher's own evaluation is one more job."""
+    jobs: list[tuple[Any, ...]] = [(_convert_and_evaluate, variant, recipe, folder) for variant in variants]
+    jobs.append((_evaluate_teacher, folder))
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        futures: list[Future[str]] = [pool.submit(*job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                say(future.result())
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for process in pool._processes.values():
+                os.kill(process.pid, signal.SIGTERM)
+            raise
+        finally:
+            del os.environ["OMP_NUM_THREADS"]
+
+
+def _start_worker() -> None:
+    """Ctrl-C reaches the parent alone, which asks the workers to save and stop by SIGTERM."""
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.set_num_threads(1)
+
+
+def _convert_and_evaluate(variant: Variant, recipe: Recipe, folder: Path) -> str:
+    from halobench.pipeline import Conversion
+
+    label_lines(variant.name)
+    run = folder / variant.name
+    Conversion(
+        "tiny",
+        replace(recipe, hype=variant.hype, select="given"),
+        run,
+        device="cpu",
+        given=variant.layers,
+        aligned=folder / "base",
+        credit=variant.credit,
+    ).convert()
+    return _headline(evaluate_model(str(run), folder / "eval", REQUEST, "cpu"))
+
+
+def _evaluate_teacher(folder: Path) -> str:
+    label_lines("teacher")
+    return _headline(evaluate_model("tiny", folder / "eval", REQUEST, "cpu"))
+
+
+def _headline(record: RunRecord) -> str:
+    """One line of a model's results for the story."""
+    needles = [m for m in record.metrics if m.suite == "niah" and m.metric == "accuracy"]
+    bits = [m for m in record.metrics if m.metric == "bits_per_byte"]
+    shown = " ".join(f"{m.value:.2f}@{m.length}" for m in needles)
+    return f"result: {record.model.name}: needles {shown}, bits per byte {' / '.join(f'{m.value:.3f}' for m in bits)}"

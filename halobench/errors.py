@@ -1,0 +1,29 @@
+"""What goes wrong, said in one line: what was given, what is allowed, what to do next.
+
+The command line prints the message alone (no traceback) and exits with the error's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class HalobenchError(Exception):
+    """A failure with a message fit for the user's eyes. Exit code 1: it happened while running."""
+
+    exit_code = 1
+
+
+class UserError(HalobenchError):
+    """The request cannot be carried out as given. Exit code 2: nothing was started."""
+
+    exit_code = 2
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a misspelt `name` among `known`, with the nearest name when there is one."""
+    choices = sorted(known)
+    near = get_close_matches(name, choices, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "see the names that are allowed"
+    return UserError(f"unknown {kind} {name!r}; {hint} (allowed: {', '.join(choices) or 'none'})")

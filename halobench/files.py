@@ -1,0 +1,86 @@
+"""Writing files so that a reader never meets half of one: a temporary name beside the target, then a rename."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from halobench.errors import HalobenchError
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns the errors of a full or unwritable disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise HalobenchError(f"no space left to write {path}; free some room and run again to resume") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise HalobenchError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
+        raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary file or folder name beside `path`; renames it to `path` when the block ends well."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _replace(temporary, path)
+        finally:
+            _remove(temporary)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Renames over `target`. A folder in the way is moved aside first, since rename cannot replace one."""
+    if not target.is_dir():
+        source.replace(target)
+        return
+    aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+    target.rename(aside)
+    source.rename(target)
+    shutil.rmtree(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Appends one line of JSON to a log."""
+    with _explained(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in `path`, or a clear error when the file is missing, empty or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HalobenchError(f"{path} does not exist") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise HalobenchError(f"{path} is not valid JSON ({error}); it may be damaged or half-written") from error

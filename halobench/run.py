@@ -1,0 +1,81 @@
+"""A run's directory: what it was begun with, which stages are done, and where each came from.
+
+RUN/run.json            the recipe and the teacher it was begun with; another recipe is refused
+RUN/STAGE/stage.json    written last: the stage is complete. Tokens, seconds, losses, lineage
+RUN/select/             the sweep's evidence and the choice
+RUN/model/              the finished hybrid, with its card
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halobench.config import from_dict, to_dict
+from halobench.errors import UserError
+from halobench.files import read_json, write_json
+from halobench.provenance import environment, now
+from halobench.records import LedgerRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageNote:
+    """What a finished stage leaves behind. came_from and hash tie it to the weights before and after."""
+
+    stage: str
+    came_from: str
+    hash: str
+    tokens: int
+    seconds: float
+    sequences: int
+    first_loss: float | None = None
+    last_loss: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def ledger(self) -> LedgerRow:
+        """Its line in the token ledger."""
+        return LedgerRow(what=self.stage, tokens=self.tokens, seconds=round(self.seconds, 2))
+
+
+class RunFolder:
+    """The directory of one conversion.
+
+    Args:
+        path: where it is or shall be.
+        identity: plain data that decides the run (recipe, teacher's hash): a resume must bring the same.
+        teacher: the teacher as the user named it, to load it again.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], teacher: str) -> None:
+        self.path = path
+        begun = path / "run.json"
+        if begun.exists():
+            differing = _differences(read_json(begun)["identity"], identity)
+            if differing:
+                raise UserError(
+                    f"{path} holds another run: {'; '.join(differing[:4])}. Use the same settings to resume it, or another -o"
+                )
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists and is not a run of halobench; choose another -o")
+        else:
+            write_json(begun, {"identity": identity, "teacher": teacher, "begun": now(), "environment": environment()})
+
+    def note(self, stage: str) -> StageNote | None:
+        """The note of a finished stage, or None."""
+        path = self.path / stage / "stage.json"
+        return from_dict(StageNote, read_json(path), str(path)) if path.exists() else None
+
+    def finish(self, note: StageNote) -> None:
+        """Marks a stage complete and drops its checkpoint."""
+        write_json(self.path / note.stage / "stage.json", to_dict(note))
+        shutil.rmtree(self.path / note.stage / "checkpoint", ignore_errors=True)
+
+
+def _differences(before: Any, after: Any, where: str = "") -> list[str]:
+    """Readable differences between two plain values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(k for k in after if k not in before)]
+        return [d for k in keys for d in _differences(before.get(k), after.get(k), f"{where}.{k}" if where else str(k))]
+    return [] if before == after else [f"{where} is {before!r} there and {after!r} here"]

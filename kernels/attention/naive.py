@@ -1,0 +1,30 @@
+"""The definition: every score is computed, masked and normalised. Every other form is tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halobench.kernels.attention.mask import allowed_keys
+
+
+def attend_naive(
+    q_BTHK: Tensor,
+    k_BSJK: Tensor,
+    v_BSJV: Tensor,
+    *,
+    scale: float,
+    key_padding_mask_BS: Tensor | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal softmax attention, o_BTHV; arguments as in `attend`."""
+    groups = q_BTHK.shape[2] // k_BSJK.shape[2]
+    k_BSHK, v_BSHV = k_BSJK.repeat_interleave(groups, dim=2), v_BSJV.repeat_interleave(groups, dim=2)
+    scores_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK) * scale
+    if soft_cap is not None:
+        scores_BHTS = soft_cap * torch.tanh(scores_BHTS / soft_cap)
+    tokens, keys = q_BTHK.shape[1], k_BSJK.shape[1]
+    allowed = allowed_keys(0, tokens, tokens, keys, q_BTHK.device, window, key_padding_mask_BS)
+    probabilities = scores_BHTS.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshv->bthv", probabilities, v_BSHV)

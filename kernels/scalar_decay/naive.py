@@ -1,0 +1,36 @@
+"""The definition: one token at a time, as the recurrence is written. Every other form is tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halobench.kernels.scalar_decay.step import scalar_decay_step, zero_state
+
+
+def scalar_decay_naive(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float,
+    initial_state_BHKV: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(g_t) S_{t-1} + k_t^T v_t, o_t = scale q_t S_t, token by token.
+
+    Args:
+        log_decay: g, at most 0: (H,) the same at every token, or (B, T, H) for each token.
+        scale: factor on the output, usually 1 / sqrt(K).
+        initial_state_BHKV: the state before the first token; zeros by default.
+
+    Returns:
+        o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
+    """
+    state_BHKV = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    outputs = []
+    for t in range(q_BTHK.shape[1]):
+        decay = log_decay if log_decay.ndim == 1 else log_decay[:, t]
+        o_BHV, state_BHKV = scalar_decay_step(q_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t], decay, state_BHKV, scale)
+        outputs.append(o_BHV)
+    return torch.stack(outputs, dim=1), state_BHKV

@@ -1,0 +1,23 @@
+"""One token of decoding: the state is read, decayed, written."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def zero_state(k_BHK: Tensor, v_BHV: Tensor) -> Tensor:
+    """The empty state (B, H, K, V), in fp32 (fp64 for fp64 inputs): sums over long ranges do not survive bf16."""
+    dtype = torch.float64 if k_BHK.dtype == torch.float64 else torch.float32
+    return torch.zeros(*k_BHK.shape, v_BHV.shape[-1], dtype=dtype, device=k_BHK.device)
+
+
+def scalar_decay_step(
+    q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay: Tensor, state_BHKV: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One step of the recurrence; `log_decay` is (H,) or (B, H). Returns o_BHV in q's dtype, and the new state."""
+    decay = log_decay.to(state_BHKV.dtype).exp()[..., None, None]
+    update_BHKV = k_BHK[..., :, None].to(state_BHKV.dtype) * v_BHV[..., None, :]
+    state_BHKV = torch.addcmul(update_BHKV, state_BHKV, decay)
+    q_BH1K = q_BHK[..., None, :].to(state_BHKV.dtype) * scale
+    return (q_BH1K @ state_BHKV).squeeze(-2).to(q_BHK.dtype), state_BHKV

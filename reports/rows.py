@@ -1,0 +1,215 @@
+"""Joins the records of one model (tasks, perplexity, speed) into one row, and rows into groups by teacher.
+
+A model is known by its hash: records that share one are one row, and two models that share a name are two rows, told
+apart by their labels. When a number was measured twice the newer record counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from halobench.records import Metric, ModelCard, RunRecord
+from halobench.reports.table import clean
+
+Key = tuple[str, str, str, int | None]
+LONGEST_NAME = 60
+_PREFERRED = ("value", "median", "mean")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric and the record it came from."""
+
+    metric: Metric
+    record: RunRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model with everything that was measured on it. `label` is unique among the rows built together."""
+
+    card: ModelCard
+    label: str
+    selection: str
+    measured: Mapping[Key, Measured]
+    records: tuple[RunRecord, ...]
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """What identifies the model."""
+        return model_key(self.card)
+
+    @property
+    def untouched(self) -> bool:
+        """True for a decoder that was not converted."""
+        return self.card.kept is None
+
+    def metric(self, suite: str, task: str, metric: str | None = None, length: int | None = None) -> Metric | None:
+        """What was measured, or None. Without `metric`, the task's only one (or its value, median or mean)."""
+        found = self.source(suite, task, metric, length)
+        return found.metric if found else None
+
+    def source(self, suite: str, task: str, metric: str | None = None, length: int | None = None) -> Measured | None:
+        """Like `metric`, with the record the number came from."""
+        if metric is not None:
+            return self.measured.get((suite, task, metric, length))
+        names = sorted(name for s, t, name, at in self.measured if (s, t, at) == (suite, task, length))
+        chosen = next((name for name in _PREFERRED if name in names), names[0] if names else None)
+        return self.measured[suite, task, chosen, length] if chosen is not None else None
+
+    def keys(self, suite: str) -> list[Key]:
+        """Everything measured in `suite`, in a stable order."""
+        return sorted((key for key in self.measured if key[0] == suite), key=lambda k: (k[1], k[2], k[3] or 0))
+
+    def failures(self, kind: str, suite: str | None = None, length: int | None = None) -> list[str]:
+        """Why records of `kind` ("eval", "profile") failed; those about other suites or lengths are left out."""
+        failed = [record for record in self.records if record.kind == kind and record.status == "error"]
+        return [record.error or "unknown error" for record in failed if _concerns(record, suite, length)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A teacher (None when it was not measured) and the hybrids made from it."""
+
+    name: str
+    teacher: Row | None
+    hybrids: tuple[Row, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The teacher, then the hybrids."""
+        return [*([self.teacher] if self.teacher else []), *self.hybrids]
+
+    @property
+    def trained_length(self) -> int | None:
+        """The longest context any of the rows was trained on: what lies beyond is new to all of them."""
+        return max((row.card.trained_length for row in self.rows if row.card.trained_length), default=None)
+
+
+def _concerns(record: RunRecord, suite: str | None, length: int | None) -> bool:
+    """False only when the record's settings say that it was about other suites or other lengths."""
+    suites = record.settings.get("suites", record.settings.get("suite"))
+    lengths = record.settings.get("lengths", record.settings.get("length"))
+    named = suites.split(",") if isinstance(suites, str) else suites
+    sized = [lengths] if isinstance(lengths, int) else lengths
+    wrong_suite = isinstance(named, list) and suite is not None and suite not in named
+    whole = sized if isinstance(sized, list) and all(isinstance(item, int) for item in sized) else []
+    return not wrong_suite and not (whole and length is not None and length not in whole)
+
+
+def model_key(card: ModelCard) -> str:
+    """The model's hash; a card without one is known by its path and name."""
+    return card.hash or f"{card.path}:{card.name}"
+
+
+def selector_labels(records: Iterable[RunRecord]) -> dict[str, str]:
+    """What people call each selector, from the selection records."""
+    labels = {"halo": "HALO"}
+    for record in records:
+        for name, entry in methods(record).items():
+            labels[name] = str(entry.get("label") or labels.get(name, name))
+    return labels
+
+
+def methods(record: RunRecord) -> dict[str, dict]:
+    """The selectors in a selection record and what each gave; empty when there are none."""
+    selection = record.details.get("selection")
+    found = selection.get("methods") if isinstance(selection, dict) else None
+    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
+
+
+def build_rows(records: Sequence[RunRecord]) -> list[Row]:
+    """One row per evaluated or profiled model, untouched decoders first, otherwise in the order of the records."""
+    labels = selector_labels(records)
+    by_model: dict[str, list[RunRecord]] = {}
+    for record in records:
+        by_model.setdefault(model_key(record.model), []).append(record)
+    evaluated = [group for group in by_model.values() if any(r.kind in ("eval", "profile") for r in group)]
+    rows = [_join(group, labels) for group in evaluated]
+    return _with_unique_labels(sorted(rows, key=lambda row: not row.untouched))
+
+
+def _join(records: list[RunRecord], labels: Mapping[str, str]) -> Row:
+    ordered = sorted(records, key=lambda record: record.created)
+    measured = {
+        (m.suite, m.task, m.metric, m.length): Measured(m, record)
+        for record in ordered
+        if record.kind in ("eval", "profile")
+        for m in record.metrics
+        if math.isfinite(m.value)
+    }
+    card = max((record.model for record in ordered), key=lambda card: len(card.ledger))
+    selectors = list(dict.fromkeys(name for record in ordered for name in record.model.selectors))
+    card = replace(card, selectors=selectors)
+    converted = max((sum(row.tokens for row in r.ledger) for r in ordered if r.kind == "convert"), default=0)
+    selection = " = ".join(labels.get(name, name) for name in selectors)
+    return Row(
+        card=card,
+        label=_label(card, selection),
+        selection=selection,
+        measured=measured,
+        records=tuple(ordered),
+        tokens=card.tokens or converted,
+    )
+
+
+def _label(card: ModelCard, selection: str) -> str:
+    if card.kept is None or not selection:
+        return clean(card.name, LONGEST_NAME)
+    return clean(selection, 2 * LONGEST_NAME) + (" (RoPE kept)" if card.positions == "rope" else "")
+
+
+def _with_unique_labels(rows: list[Row]) -> list[Row]:
+    """Adds the model's name, then its hash, to labels that several rows share."""
+    suffixes: list[Callable[[Row], str]] = [
+        lambda row: (
+            "" if row.label == clean(row.card.name, LONGEST_NAME) else f" ({clean(row.card.name, LONGEST_NAME)})"
+        ),
+        lambda row: f" #{row.key[:8]}",
+        lambda row: f" #{row.key}",
+    ]
+    for suffix in suffixes:
+        counts = Counter(row.label for row in rows)
+        rows = [replace(row, label=row.label + suffix(row)) if counts[row.label] > 1 else row for row in rows]
+    return rows
+
+
+def group_by_teacher(rows: Sequence[Row]) -> list[Group]:
+    """Hybrids under their teachers, which they name by hash, path or name; a name that two decoders share fits none."""
+    untouched = [row for row in rows if row.untouched]
+    made: dict[str, list[Row]] = {}
+    teachers: dict[str, Row] = {}
+    for row in rows:
+        teacher = row if row.untouched else _teacher_of(row, untouched)
+        name = teacher.key if teacher else f"unmeasured:{row.card.teacher}"
+        made.setdefault(name, [])
+        if teacher:
+            teachers[name] = teacher
+        if not row.untouched:
+            made[name].append(row)
+    return [
+        Group(
+            name=teachers[key].label if key in teachers else key.removeprefix("unmeasured:"),
+            teacher=teachers.get(key),
+            hybrids=tuple(hybrids),
+        )
+        for key, hybrids in made.items()
+    ]
+
+
+def _teacher_of(hybrid: Row, untouched: Sequence[Row]) -> Row | None:
+    wanted = hybrid.card.teacher
+    for known_as in (
+        lambda card: {card.hash},
+        lambda card: {card.path},
+        lambda card: {card.name},
+        lambda card: {card.teacher},
+    ):
+        found = [row for row in untouched if wanted and wanted in known_as(row.card)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None

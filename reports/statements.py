@@ -1,0 +1,161 @@
+"""What the numbers say, in sentences: each is one comparison with its interval and Holm-corrected verdict.
+
+A sentence claims a difference only when the comparison is significant; otherwise it says that the difference is within
+noise, or that nothing was recorded to judge it by.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from halobench.reports.columns import beyond_target, margin_target, needle_lengths, needle_target, span, text_targets
+from halobench.reports.comparison import Comparison, Comparisons, Target, compare_cases
+from halobench.reports.rows import Group, Row
+from halobench.reports.table import escape, number, signed
+from halobench.units import format_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One comparison worth a sentence. `what` names the quantity; `topic` opens the sentence."""
+
+    topic: str
+    what: str
+    left: Row
+    right: Row
+    target: Target
+
+
+def chose_by(row: Row, method: str) -> bool:
+    """True when the row's kept layers were chosen by `method` (or a variant: "even" covers "even, latter half")."""
+    names = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in row.card.selectors]
+    return any(name == method or (method == "even" and name.startswith(method)) for name in names)
+
+
+def headline(group: Group) -> Row | None:
+    """The row the sentences are about: HALO's choice, without positions in its kept layers if there are both."""
+    halo = [row for row in group.hybrids if chose_by(row, "halo")]
+    return next((row for row in halo if row.card.positions == "hype"), halo[0] if halo else None)
+
+
+def statements(group: Group, marks: Comparisons, seed: int = 0) -> list[str]:
+    """The sentences for one teacher, as Markdown."""
+    pooled, halo = beyond_target(group), headline(group)
+    said: list[str] = []
+    if halo is not None and chose_by(halo, "even"):
+        said.append(
+            f"**Selection.** HALO and even spacing chose the same layers ({_kept(halo)}): nothing to tell apart."
+        )
+    claims = _selection(group, halo, pooled) + _positions(group, pooled) + _teacher(group, halo, pooled)
+    family = compare_cases([(claim.left, claim.right, claim.target) for claim in claims], seed=seed)
+    said += [sentence(claim, made) for claim, made in zip(claims, family, strict=True)]
+    if pooled is not None and len(group.hybrids) > 1:
+        said.append(_best(group, marks, pooled))
+    if any(made.p is not None for made in family):
+        said.append(
+            f"The {len(family)} comparisons above form one family: their p-values carry Holm's correction. The "
+            "intervals are 95% each and cover the choice of questions, not another training run of the same recipe."
+        )
+    return said
+
+
+def _needles_beyond(group: Group, pooled: Target) -> str:
+    trained = group.trained_length
+    return f"needles {'beyond the training length' if trained else 'at all lengths'} ({span(pooled.lengths, trained)})"
+
+
+def _selection(group: Group, halo: Row | None, pooled: Target | None) -> list[Claim]:
+    if halo is None or pooled is None or chose_by(halo, "even"):
+        return []
+    what = _needles_beyond(group, pooled)
+    even = [r for r in group.hybrids if chose_by(r, "even") and r.card.positions == halo.card.positions]
+    return [Claim(topic="HALO against even spacing", what=what, left=halo, right=row, target=pooled) for row in even]
+
+
+def _positions(group: Group, pooled: Target | None) -> list[Claim]:
+    """Rows that differ in nothing but the positions of their kept layers."""
+    trained, lengths = group.trained_length, needle_lengths(group.rows)
+    inside = needle_target(group.rows, [n for n in lengths if n == trained])
+    found = []
+    for hype in (row for row in group.hybrids if row.card.positions == "hype"):
+        for rope in (row for row in group.hybrids if row.card.positions == "rope"):
+            if (hype.card.kept, hype.card.mixer) != (rope.card.kept, rope.card.mixer) or pooled is None:
+                continue
+            what = _needles_beyond(group, pooled)
+            found.append(Claim(topic="HyPE against RoPE kept", what=what, left=hype, right=rope, target=pooled))
+            if inside is not None:
+                what = f"needles at the training length ({format_length(trained or 0)})"
+                found.append(Claim(topic="HyPE against RoPE kept", what=what, left=hype, right=rope, target=inside))
+    return found
+
+
+def _teacher(group: Group, halo: Row | None, pooled: Target | None) -> list[Claim]:
+    student = halo or (group.hybrids[0] if group.hybrids else None)
+    if student is None or group.teacher is None:
+        return []
+    trained = group.trained_length
+    targets: list[tuple[str, Target | None]] = [
+        (_needles_beyond(group, pooled) if pooled else "", pooled),
+        (
+            f"needles at the training length ({format_length(trained)})" if trained else "",
+            needle_target(group.rows, [n for n in needle_lengths(group.rows) if n == trained]),
+        ),
+        ("the commonsense margin (nats per byte)", margin_target(group.rows)),
+        *((f"bits per byte on {t.task} (lower is better)", t) for t in text_targets(group.rows)),
+    ]
+    return [
+        Claim(topic="Against the teacher", what=what, left=student, right=group.teacher, target=target)
+        for what, target in targets
+        if target is not None
+    ]
+
+
+def sentence(claim: Claim, made: Comparison) -> str:
+    """The claim as Markdown: both numbers, the difference with its interval, the verdict."""
+    left, right = claim.target.value(claim.left), claim.target.value(claim.right)
+    opening = f"**{claim.topic}**, {escape(claim.what)}:"
+    if left is None or right is None or made.difference is None:
+        absent = claim.left if left is None else claim.right
+        return f"{opening} not measured for {_named(absent)}."
+    numbers = f"{_named(claim.left)} {number(*left)} against {_named(claim.right)} {number(*right)}"
+    if made.low is None or made.high is None or made.adjusted is None:
+        return f"{opening} {numbers}; no uncertainty was recorded, so no difference is claimed."
+    interval = f"difference {signed(made.difference)}, 95% interval {signed(made.low)} to {signed(made.high)}"
+    chance = "p < 0.001" if made.adjusted < 0.001 else f"p = {made.adjusted:.3f}"
+    basis = f"{made.n} {'paired' if made.method == 'paired' else 'unpaired'} samples"
+    winner = made.winner
+    if winner is None:
+        verdict = "**Within noise**: neither is ahead"
+    else:
+        verdict = f"**Better**: {_named(claim.left if winner == claim.left.key else claim.right)}"
+    return f"{opening} {numbers}; {interval} ({basis}, {chance}). {verdict}."
+
+
+def _best(group: Group, marks: Comparisons, pooled: Target) -> str:
+    what = escape(_needles_beyond(group, pooled))
+    best = next((row for row in group.hybrids if row.key == marks.best(pooled)), None)
+    if best is not None:
+        return f"**Among the hybrids**, {what}: {_named(best)} is ahead of every other, each difference beyond noise."
+    scored = [(value[0], row) for row in group.hybrids if (value := pooled.value(row)) is not None]
+    if not scored:
+        return f"**Among the hybrids**, {what}: not measured."
+    top = max(scored, key=lambda pair: pair[0])[1]
+    rivals = [row for row in group.hybrids if row is not top and not _beaten(marks, top, row, pooled)]
+    return (
+        f"**Among the hybrids**, {what}: {_named(top)} has the highest number, but it is not told apart from "
+        f"{', '.join(_named(row) for row in rivals)}."
+    )
+
+
+def _beaten(marks: Comparisons, top: Row, row: Row, target: Target) -> bool:
+    made = marks.between(top.key, row.key, target)
+    return made is not None and made.winner == top.key
+
+
+def _kept(row: Row) -> str:
+    return ", ".join(map(str, row.card.kept or [])) or "none"
+
+
+def _named(row: Row) -> str:
+    return escape(row.label) if not row.untouched else f"the teacher {escape(row.label)}"

@@ -1,0 +1,107 @@
+"""Optimisers and learning-rate schedules of the stages: AdamW as in the paper, Muon for the embedded models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How a stage's parameters move.
+
+    `rate` is AdamW's peak learning rate and `matrix_rate`, when given, hands every weight matrix but the embeddings to
+    Muon (momentum with orthogonalised updates) at that rate. Rates follow one schedule: linear warm-up over
+    `warmup_steps`, then `schedule` down to `final` times the peak. "wsd" holds the peak and decays over the last
+    `decay` share of the stage.
+    """
+
+    rate: float
+    final: float = 0.01
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    decay: float = 0.2
+    warmup_steps: int = 50
+    matrix_rate: float | None = None
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
+    """The multiple of the peak rate at `step` (from 0) of `steps`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "wsd":
+        start = steps * (1 - config.decay)
+        share = max(0.0, (step - start) / max(steps - start, 1))
+        return 1 - (1 - config.final) * share
+    share = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+class Optimizer:
+    """AdamW, with Muon for the matrices when the configuration asks for it, behind one face.
+
+    Args:
+        parameters: (name, parameter) pairs that train; names decide the order of the saved state.
+        config: see OptimConfig.
+        embeddings: ids of parameters that are tables rather than maps, kept on AdamW.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        embeddings: frozenset[int] = frozenset(),
+    ) -> None:
+        self.config = config
+        named = list(parameters)
+        self.parameters = [p for _, p in named]
+        matrices = [p for _, p in named if config.matrix_rate is not None and p.ndim == 2 and id(p) not in embeddings]
+        chosen = {id(p) for p in matrices}
+        rest = [p for _, p in named if id(p) not in chosen]
+        betas = (config.beta1, config.beta2)
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = []
+        if rest:
+            adam = torch.optim.AdamW(rest, lr=config.rate, betas=betas, weight_decay=config.weight_decay, fused=True)
+            self.parts.append((adam, config.rate))
+        if matrices and config.matrix_rate is not None:
+            muon = torch.optim.Muon(matrices, lr=config.matrix_rate, weight_decay=config.weight_decay, momentum=0.95)
+            self.parts.append((muon, config.matrix_rate))
+
+    def step(self, factor: float) -> None:
+        """One update at `factor` times the peak rates; gradients are cleared after it."""
+        for optimizer, rate in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments as flat named tensors, fit for a safetensors file."""
+        flat: dict[str, Tensor] = {}
+        for part, (optimizer, _) in enumerate(self.parts):
+            for index, slots in optimizer.state_dict()["state"].items():
+                for slot, value in slots.items():
+                    flat[f"{part}.{index}.{slot}"] = torch.as_tensor(value).contiguous()
+        return flat
+
+    def load_state(self, flat: dict[str, Tensor]) -> None:
+        """Restores what `state` gave."""
+        for part, (optimizer, _) in enumerate(self.parts):
+            whole = optimizer.state_dict()
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in flat.items():
+                owner, index, slot = name.split(".", 2)
+                if int(owner) == part:
+                    slots.setdefault(int(index), {})[slot] = value
+            whole["state"] = slots
+            optimizer.load_state_dict(whole)

@@ -1,0 +1,76 @@
+"""Stage 1, hidden-state alignment: the RNN mixer of every layer learns its attention's output, fed the teacher's input.
+
+Layers do not see one another's errors: each mixer gets the teacher's own hidden state, and the teacher's output goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halobench.mixers.contract import Mixer, MixerContext
+from halobench.surgery.anatomy import attention_modules
+from halobench.surgery.heads import final_hidden
+
+
+class Alignment:
+    """Objective: mean squared error between each mixer's output and its attention's (HALO, stage 1).
+
+    Args:
+        teacher: frozen.
+        mixers: the mixer of each layer, all of which train.
+        relative: divide each layer's error by the mean square of the teacher's output there, so that layers with large
+            outputs do not drown the others; False is the paper's plain form.
+    """
+
+    name = "align"
+
+    def __init__(self, teacher: Any, mixers: dict[int, Mixer], relative: bool) -> None:
+        self.teacher, self.mixers, self.relative = teacher, mixers, relative
+        self.layer_errors: dict[int, float] = {}
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter of every mixer, named layer first."""
+        return [(f"{i}.{n}", p) for i, m in self.mixers.items() for n, p in m.named_parameters() if p.requires_grad]
+
+    def embeddings(self) -> frozenset[int]:
+        """None: mixers hold no tables."""
+        return frozenset()
+
+    def loss(self, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum over tokens of the mean over layers of the squared error per channel, and the number of tokens."""
+        inputs = tokens_BT[:, :-1]
+        seen = self._watch(inputs)
+        total = torch.zeros((), device=inputs.device)
+        context = MixerContext.plain(inputs.shape[1], inputs.device)
+        for layer, (hidden, positions, target) in seen.items():
+            output = self.mixers[layer](hidden, position_embeddings=positions, context=context)
+            error = (output.float() - target.float()).square().mean()
+            scale = target.float().square().mean().clamp_min(1e-12)
+            self.layer_errors[layer] = float(error.detach() / scale)
+            total = total + (error / scale if self.relative else error)
+        count = torch.tensor(float(inputs.numel()), device=inputs.device)
+        return total / len(seen) * count, count
+
+    @torch.no_grad()
+    def _watch(self, inputs_BT: Tensor) -> dict[int, tuple[Tensor, Any, Tensor]]:
+        """One teacher pass: per layer the attention's input, its rotary tables and its output."""
+        seen: dict[int, tuple[Tensor, Any, Tensor]] = {}
+
+        def hook(layer: int) -> Any:
+            def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                seen[layer] = (hidden, kwargs.get("position_embeddings"), output[0])
+
+            return keep
+
+        modules = attention_modules(self.teacher)
+        handles = [modules[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in self.mixers]
+        try:
+            final_hidden(self.teacher, inputs_BT)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen

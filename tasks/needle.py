@@ -1,0 +1,352 @@
+"""Planted retrieval for evaluation: needles in real text and key-value lists, with exact token counts.
+
+The words are the evaluation half of `surgery/planted.py`'s nouns, and no sentence or layout here occurs in training.
+The filler wraps around, so a haystack is never shorter than asked, and nothing is ever truncated.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from halobench.errors import UserError
+from halobench.progress import Progress
+from halobench.records import Metric
+from halobench.surgery.planted import nouns
+from halobench.tasks.scoring import Prompt, Tail, check_context, encode, score_prompts, special_prefix
+from halobench.tasks.statistics import mean_stderr
+from halobench.units import format_length
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+NEEDLE = " One of the special magic numbers for {key} is: {value}."
+QUESTION = (
+    "\nWhat is the special magic number for {key} mentioned in the text? "
+    "The special magic number for {key} mentioned in the text is:"
+)
+LIST_OPENING, LIST_ROW, LIST_QUESTION = '\n{{"numbers": {{', ' "{key}": {value},', ' "{key}":'
+LIST_CLOSING = "}}\nOnce more: {"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleConfig:
+    """keys_per_haystack: facts hidden. value_digits: of each number. questions: about all facts or one of them."""
+
+    keys_per_haystack: int = 4
+    value_digits: int = 5
+    questions: Literal["all", "one"] = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListConfig:
+    """questions: keys asked of each list. value_digits: length of each number."""
+
+    questions: int = 8
+    value_digits: int = 5
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """One context with its questions.
+
+    context: token ids (time,). questions, answers: token ids of each. depths: where each answer stands, 0 (start) to 1.
+    """
+
+    context: np.ndarray
+    questions: list[list[int]]
+    answers: list[list[int]]
+    depths: list[float]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context with its longest question and answer."""
+        return len(self.context) + max(len(q) + len(a) for q, a in zip(self.questions, self.answers, strict=True))
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """One entry a question, in the order of the haystacks.
+
+    correct: 1.0 where the greedy answer is exactly right. logprob: log-likelihood of the answer, over all its tokens.
+    haystack: the index of its haystack (a cluster). depth: 0 to 1. tokens_processed: tokens run; tokens_plain: tokens
+    that separate prompts would have taken. truncated: questions whose prompt was cut; 0 by construction.
+    """
+
+    correct: np.ndarray
+    logprob: np.ndarray
+    haystack: np.ndarray
+    depth: np.ndarray
+    tokens_processed: int
+    tokens_plain: int
+    truncated: int
+
+
+def build_haystacks(
+    tokenizer: PreTrainedTokenizerBase,
+    filler_tokens: np.ndarray,
+    length: int,
+    count: int,
+    seed: int,
+    config: NeedleConfig | None = None,
+) -> list[Haystack]:
+    """`count` haystacks of real text with facts at sentence boundaries, spread evenly over the depth and jittered.
+
+    The context with the longest question and answer is exactly `length` tokens. Raises UserError when `length` has no
+    room for the facts.
+    """
+    config = config or NeedleConfig()
+    boundaries = _sentence_ends(tokenizer, filler_tokens)
+    opening = special_prefix(tokenizer)
+    return [
+        _haystack(
+            tokenizer, filler_tokens, boundaries, opening, length, np.random.default_rng((seed, length, i, 11)), config
+        )
+        for i in range(count)
+    ]
+
+
+def _haystack(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: np.ndarray,
+    boundaries: np.ndarray,
+    opening: list[int],
+    length: int,
+    rng: np.random.Generator,
+    config: NeedleConfig,
+) -> Haystack:
+    number = config.keys_per_haystack
+    keys = [str(key) for key in rng.choice(nouns("eval"), size=number, replace=False)]
+    values = [_number(rng, config.value_digits) for _ in keys]
+    facts = encode(tokenizer, [NEEDLE.format(key=k, value=v) for k, v in zip(keys, values, strict=True)])
+    asked = range(number) if config.questions == "all" else [int(rng.integers(number))]
+    pairs = encode_pairs(tokenizer, [(QUESTION.format(key=keys[i]), f" {values[i]}") for i in asked])
+    room = length - len(opening) - sum(map(len, facts)) - max(len(q) + len(a) for q, a in pairs)
+    if room < number:
+        raise UserError(
+            f"length {length} has no room for {number} facts and a question; use {length - room + 8 * number}"
+        )
+    start = int(rng.integers(len(filler)))
+    text = np.take(filler, np.arange(start, start + room), mode="wrap")
+    allowed = _boundaries_within(boundaries, len(filler), start, room)
+    parts, places, last, used = [np.asarray(opening)], [], 0, len(opening)
+    for i, fact in enumerate(facts):
+        wanted = (i + rng.random()) / number * room
+        place = max(last, _nearest(allowed, wanted))
+        places.append(used + place - last)
+        parts += [text[last:place], np.asarray(fact)]
+        used, last = places[-1] + len(fact), place
+    context = np.concatenate([*parts, text[last:]]).astype(np.int64)
+    return Haystack(
+        context, [q for q, _ in pairs], [a for _, a in pairs], [round(places[i] / len(context), 4) for i in asked]
+    )
+
+
+def build_lists(
+    tokenizer: PreTrainedTokenizerBase,
+    filler_tokens: np.ndarray,
+    length: int,
+    count: int,
+    seed: int,
+    config: ListConfig | None = None,
+) -> list[Haystack]:
+    """`count` JSON objects of words and numbers that fill `length` tokens, with questions about keys at spread depths.
+
+    What the rows leave over is filled with text before the object. Same exactness as `build_haystacks`.
+    """
+    config = config or ListConfig()
+    opening = special_prefix(tokenizer)
+    return [
+        _list(tokenizer, filler_tokens, opening, length, np.random.default_rng((seed, length, i, 13)), config)
+        for i in range(count)
+    ]
+
+
+def _list(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: np.ndarray,
+    opening: list[int],
+    length: int,
+    rng: np.random.Generator,
+    config: ListConfig,
+) -> Haystack:
+    keys = _distinct_keys(rng, max(length // 6, config.questions))
+    values = [_number(rng, config.value_digits) for _ in keys]
+    head, tail = encode(tokenizer, [LIST_OPENING.format(), LIST_CLOSING])
+    rows = encode(tokenizer, [LIST_ROW.format(key=k, value=v) for k, v in zip(keys, values, strict=True)])
+    ends = np.cumsum([len(row) for row in rows])
+    # Which keys are asked decides the longest question, so the number of rows is found with the longest of all keys.
+    fixed = len(opening) + len(head) + len(tail)
+    number = len(rows)
+    while True:
+        asked = [int((i + rng.random()) / config.questions * number) for i in range(config.questions)]
+        pairs = encode_pairs(tokenizer, [(LIST_QUESTION.format(key=keys[i]), f" {values[i]}") for i in asked])
+        room = length - fixed - max(len(q) + len(a) for q, a in pairs)
+        fitting = int(np.searchsorted(ends, room, side="right"))
+        if fitting < config.questions:
+            raise UserError(f"length {length} has no room for a list of {config.questions} rows; use a longer one")
+        if number <= fitting:
+            break
+        number = fitting
+    start = int(rng.integers(len(filler)))
+    before = np.take(filler, np.arange(start, start + room - int(ends[number - 1])), mode="wrap")
+    context = np.concatenate([opening, before, head, *rows[:number], tail]).astype(np.int64)
+    first = len(opening) + len(before) + len(head)
+    depths = [round((first + int(ends[i]) - len(rows[i])) / len(context), 4) for i in asked]
+    return Haystack(context, [q for q, _ in pairs], [a for _, a in pairs], depths)
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids of each beginning and of what its ending adds, tokenised together if that leaves the beginning as it is."""
+    firsts = encode(tokenizer, [first for first, _ in pairs])
+    wholes = encode(tokenizer, [first + second for first, second in pairs])
+    alone = encode(tokenizer, [second for _, second in pairs])
+    return [(f, w[len(f) :] if w[: len(f)] == f else a) for f, w, a in zip(firsts, wholes, alone, strict=True)]
+
+
+def _number(rng: np.random.Generator, digits: int) -> str:
+    return str(rng.integers(10 ** (digits - 1), 10**digits))
+
+
+def _distinct_keys(rng: np.random.Generator, count: int) -> list[str]:
+    """Single nouns while they last, then pairs of nouns."""
+    words = nouns("eval")
+    keys = [str(word) for word in rng.permutation(words)]
+    if count > len(keys):
+        places = rng.choice(len(words) ** 2, size=count - len(keys), replace=False)
+        keys += [f"{words[place // len(words)]} {words[place % len(words)]}" for place in places]
+    return [keys[i] for i in rng.permutation(len(keys))][:count] if count > len(words) else keys[:count]
+
+
+def _sentence_ends(tokenizer: PreTrainedTokenizerBase, filler: np.ndarray) -> np.ndarray:
+    """Places in `filler` that stand between two sentences: behind a full stop and before white space."""
+    if len(filler) < 2:
+        raise UserError(f"the filler has {len(filler)} tokens; give held-out text")
+    known, inverse = np.unique(np.asarray(filler), return_inverse=True)
+    names = [str(name) for name in tokenizer.convert_ids_to_tokens([int(i) for i in known])]
+    closing = np.array([re.search(r"[.!?][\"')]?$", name) is not None for name in names])
+    opening = np.array([name[:1] in tuple("ĠĊč▁ \n") for name in names])
+    return np.flatnonzero(closing[inverse[:-1]] & opening[inverse[1:]]) + 1
+
+
+def _boundaries_within(boundaries: np.ndarray, size: int, start: int, room: int) -> np.ndarray:
+    """The boundaries of a wrapped window, counted from its start, ascending."""
+    laps = np.arange(start // size, (start + room) // size + 1)
+    places = (boundaries[None, :] + laps[:, None] * size).ravel() - start
+    return places[(places > 0) & (places < room)]
+
+
+def _nearest(places: np.ndarray, wanted: float) -> int:
+    if not len(places):
+        return int(wanted)
+    after = int(np.searchsorted(places, wanted))
+    near = places[max(0, after - 1) : after + 1]
+    return int(near[np.argmin(np.abs(near - wanted))])
+
+
+def score_haystacks(
+    model: PreTrainedModel,
+    haystacks: Sequence[Haystack],
+    *,
+    batch_tokens: int = 16384,
+    chunk: int = 4096,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> RetrievalScores:
+    """Asks every question of every haystack; a haystack is read once, and its state used for all of its questions.
+
+    `correct` needs no generation: a greedy decoder's answer is the given one exactly when each answer token is the most
+    likely one behind the question and the answer tokens before it (by induction over the tokens), which is what one
+    forward over question and answer shows.
+    """
+    check_context(model, max(haystack.length for haystack in haystacks))
+    prompts = [
+        Prompt(h.context, tuple(Tail([*q, *a], len(q)) for q, a in zip(h.questions, h.answers, strict=True)))
+        for h in haystacks
+    ]
+    scores = score_prompts(model, prompts, batch_tokens=batch_tokens, chunk=chunk, device=device, progress=progress)
+    sizes = [len(h.questions) for h in haystacks]
+    whole = sum(len(h.questions) * len(h.context) + sum(map(len, [*h.questions, *h.answers])) for h in haystacks)
+    return RetrievalScores(
+        correct=np.concatenate(scores.greedy),
+        logprob=np.concatenate(scores.logprob),
+        haystack=np.repeat(np.arange(len(haystacks)), sizes),
+        depth=np.concatenate([h.depths for h in haystacks]),
+        tokens_processed=scores.tokens_processed,
+        tokens_plain=scores.tokens_plain,
+        truncated=int(scores.tokens_plain != whole),
+    )
+
+
+Builder = Callable[["PreTrainedTokenizerBase", np.ndarray, int, int, int], list[Haystack]]
+
+
+def needle_metrics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    filler_tokens: np.ndarray,
+    lengths: Sequence[int],
+    count: int,
+    seed: int,
+    *,
+    config: NeedleConfig | None = None,
+    device: str | torch.device | None = None,
+) -> list[Metric]:
+    """Accuracy and answer log-likelihood of planted needles at each length, from `count` haystacks each."""
+    config = config or NeedleConfig()
+
+    def build(tok: PreTrainedTokenizerBase, text: np.ndarray, length: int, number: int, start: int) -> list[Haystack]:
+        return build_haystacks(tok, text, length, number, start, config)
+
+    task = f"multikey-{config.keys_per_haystack}"
+    return _metrics(task, build, model, tokenizer, filler_tokens, lengths, count, seed, device)
+
+
+def list_metrics(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    filler_tokens: np.ndarray,
+    lengths: Sequence[int],
+    count: int,
+    seed: int,
+    *,
+    device: str | torch.device | None = None,
+) -> list[Metric]:
+    """Accuracy and answer log-likelihood of key-value lists at each length, from `count` lists each."""
+    return _metrics("keyvalue", build_lists, model, tokenizer, filler_tokens, lengths, count, seed, device)
+
+
+def _metrics(
+    task: str,
+    build: Builder,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    filler: np.ndarray,
+    lengths: Sequence[int],
+    count: int,
+    seed: int,
+    device: str | torch.device | None,
+) -> list[Metric]:
+    metrics = []
+    for length in lengths:
+        haystacks = build(tokenizer, filler, length, count, seed)
+        with Progress(f"{task} {format_length(length)}", count * length) as progress:
+            scores = score_haystacks(model, haystacks, device=device, progress=progress)
+            progress.note = f"{scores.correct.mean():.0%} right"
+        for name, values in (("accuracy", scores.correct), ("answer_logprob", scores.logprob)):
+            value, stderr = mean_stderr(values.tolist(), scores.haystack.tolist())
+            samples = [round(float(v), 4) for v in values]
+            metrics.append(
+                Metric(
+                    suite="niah", task=task, metric=name, value=value, stderr=stderr,
+                    n=len(values), length=length, samples=samples,
+                )
+            )  # fmt: skip
+    return metrics
