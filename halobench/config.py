@@ -1,4 +1,4 @@
-"""Frozen dataclasses <-> YAML, with exact keys: a misspelt field is an error that names its neighbour, never ignored."""
+"""Frozen dataclasses <-> YAML, with exact keys: a misspelt field is an error that names the one meant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole story on the embedded teacher: one alignment, five ways to choose, conversions side by side, one leaderboard."""
+"""The whole story on the embedded teacher: one alignment, five ways to choose, conversions side by side, a report."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 METHODS = ["halo", "kl-ls", "jet-nemotron", "even", "random"]
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 CONTEXTS = [512, 8192]
-REQUEST = EvalRequest(
-    suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 240), ("niah", 16), ("ppl", 24))
-)
+REQUEST = EvalRequest(suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 240), ("niah", 16), ("ppl", 24)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ def run_demo(folder: Path, recipe: Recipe, workers: int | None) -> Path:
     started = time.monotonic()
     base = Conversion("tiny", recipe, folder / "base", device="cpu")
     teacher = card_of("tiny", base.teacher)
-    say(f"teacher: tiny, {teacher.layers} layers, {teacher.parameters:,} parameters, {recipe.kept_count(teacher.layers)} kept")
+    say(f"teacher: tiny, {teacher.layers} layers, {teacher.parameters:,} parameters")
     base.align()
     rankings = base.rank(METHODS)
     _record_selection(base, rankings, folder)
@@ -60,7 +58,7 @@ def run_demo(folder: Path, recipe: Recipe, workers: int | None) -> Path:
         sure = "" if r.membership is None else f" (bootstrap: {', '.join(f'{r.membership[i]:.0%}' for i in r.layers)})"
         say(f"select: {r.label} keeps {r.layers}{sure}")
     variants = plan_variants(rankings)
-    say(f"convert: {len(variants)} students for {len(rankings)} selectors and the RoPE contrast; equal choices share one")
+    say(f"convert: {len(variants)} students for {len(rankings)} selectors and the RoPE contrast; equal choices share")
     _side_by_side(variants, recipe, folder, workers or max(1, len(os.sched_getaffinity(0))))
     say("profile: teacher and students take turns, the machine otherwise idle")
     profile_models(["tiny", *(str(folder / v.name) for v in variants)], CONTEXTS, folder / "profile", "cpu")
@@ -108,7 +106,7 @@ def _side_by_side(variants: list[Variant], recipe: Recipe, folder: Path, workers
             for future in futures:
                 future.cancel()
             for process in pool._processes.values():
-                os.kill(process.pid, signal.SIGTERM)
+                process.terminate()
             raise
         finally:
             del os.environ["OMP_NUM_THREADS"]

@@ -91,7 +91,11 @@ def evaluate_model(name: str, out: Path, request: EvalRequest, device: str) -> R
             LedgerRow(what=suite, tokens=entry["tokens"], seconds=round(entry["seconds"], 2))
             for suite, entry in chosen.items()
         ],
-        backends={"device": device, "attention": str(getattr(model.config, "_attn_implementation", "")), "mixer": "torch"},
+        backends={
+            "device": device,
+            "attention": str(getattr(model.config, "_attn_implementation", "")),
+            "mixer": "torch",
+        },
     )
     record.save(path)
     partial.unlink(missing_ok=True)

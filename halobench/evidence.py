@@ -1,17 +1,23 @@
-"""Gathers the evidence for layer selection: builds the probes from the tasks and runs the sweep they are measured in."""
+"""Gathers the evidence for layer selection: builds probes from the tasks and runs the sweep they are measured in."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halobench.progress import say
+from halobench.surgery.selection.contract import Need
 from halobench.surgery.selection.evidence import Evidence, read_evidence
 from halobench.surgery.selection.sweep import Measured, Probe, sweep_replacements, sweep_restorations
+from halobench.surgery.transplant import swapped
 
 if TYPE_CHECKING:
     from halobench.pipeline import Conversion
+
+HELD_BACK = 2 * 10**6  # place in the data stream from which no stage of a small recipe draws
 
 
 class RetrievalProbe:
@@ -74,7 +80,7 @@ def probes(tokenizer: Any, *, length: int, haystacks: int, items: int, seed: int
     ]
 
 
-def gather(conversion: Conversion, folder: Path, needs: set[str]) -> Evidence:
+def gather(conversion: Conversion, folder: Path, needs: set[Need]) -> Evidence:
     """The evidence of an aligned run, kept in `folder`/evidence.json; what is there already is not measured again."""
     path = folder / "evidence.json"
     evidence = read_evidence(path) if path.exists() else None
@@ -91,7 +97,8 @@ def _carrier(conversion: Conversion) -> Any:
     from halobench.surgery import SurgeryPlan, transplant
 
     plan = SurgeryPlan.for_model(conversion.teacher, keep="all")
-    return transplant(conversion.teacher, plan).to(conversion.device).eval()
+    carrier: Any = transplant(conversion.teacher, plan)
+    return carrier.to(conversion.device).eval()
 
 
 def _replacements(conversion: Conversion, folder: Path) -> Evidence:
@@ -125,14 +132,47 @@ def _replacements(conversion: Conversion, folder: Path) -> Evidence:
 
 def _restorations(conversion: Conversion, folder: Path, evidence: Evidence) -> Evidence:
     config = conversion.recipe.selection
-    say("select: the all-linear student with softmax restored in one layer, KL to the teacher measured")
+    mixers = conversion.mixers()
+    budget = config.restore_tokens
+    how = f"re-distilled for {budget:,} tokens" if budget else "not retrained"
+    say(f"select: the all-linear student with softmax restored in one layer, {how}, KL to the teacher measured")
+    carrier = _carrier(conversion)
+
+    @contextmanager
+    def restored(layer: int) -> Iterator[Any]:
+        if budget:
+            yield _redistilled(conversion, mixers, layer, folder / f"restore-{layer}")
+            return
+        with swapped(carrier, {i: m for i, m in mixers.items() if i != layer}):
+            yield carrier
+
     data = conversion.data(conversion.recipe.distil)
     rows, tokens = sweep_restorations(
-        _carrier(conversion),
-        conversion.mixers(),
+        conversion.teacher,
+        sorted(mixers),
+        restored,
         data,
         sequences=config.kl_sequences,
         length=config.kl_length,
-        first=2 * 10**6,
+        first=HELD_BACK,
     )
-    return replace(evidence, restored=rows, restored_tokens=tokens)
+    return replace(evidence, restored=rows, restored_tokens=tokens + budget * len(mixers))
+
+
+def _redistilled(conversion: Conversion, mixers: dict[int, Any], layer: int, folder: Path) -> Any:
+    """The student with softmax in `layer` alone, trained on by KL for the budget; positions stay as in the teacher."""
+    from halobench.surgery import SurgeryPlan, transplant
+    from halobench.surgery.loop import Loop
+    from halobench.surgery.stages.distil import Distillation
+
+    recipe = conversion.recipe
+    plan = SurgeryPlan.for_model(
+        conversion.teacher, mixer=recipe.mixer, keep=[layer], hype=False, mixer_options=recipe.mixer_options
+    )
+    student: Any = transplant(conversion.teacher, plan, mixers)
+    student.to(conversion.device).float().train().requires_grad_(True)
+    objective = Distillation(student, conversion.teacher, f"restore {layer}")
+    config = replace(recipe.distil, tokens=recipe.selection.restore_tokens)
+    first = conversion.align().sequences
+    Loop(folder, objective, conversion.data(config), config, first_sequence=first, device=conversion.device).run()
+    return student.eval()

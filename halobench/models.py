@@ -48,9 +48,11 @@ def default_device() -> str:
 def load(name: str, *, device: str, dtype: torch.dtype | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model in evaluation mode, and its tokenizer. dtype None: bf16 on a GPU, fp32 on a CPU."""
     import torch
+    from transformers.utils import logging
 
     from halobench.surgery.checkpoint import load_model, load_tokenizer
 
+    logging.disable_progress_bar()
     where = resolve(name)
     if dtype is None:
         dtype = torch.bfloat16 if device != "cpu" else torch.float32

@@ -1,4 +1,4 @@
-"""A recipe's stages in order: transfer, align, select, distil, finetune, scale. Each is skipped when it is already done."""
+"""A recipe's stages in order: transfer, align, select, distil, finetune, scale. A stage that is done is skipped."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from halobench.surgery.plan import SurgeryPlan
     from halobench.surgery.planted import Mixture
     from halobench.surgery.selection import Ranking
+    from halobench.surgery.selection.contract import Need
     from halobench.surgery.selection.evidence import Evidence
 
 
@@ -101,8 +102,12 @@ class Conversion:
     def convert(self, until: str = STAGES[-1]) -> Path:
         """Runs every stage up to `until`; returns the run's folder."""
         work: dict[str, Callable[[], Any]] = {
-            "align": self.align, "select": self.select, "distil": self.distil, "finetune": self.finetune, "scale": self.finish,
-        }  # fmt: skip
+            "align": self.align,
+            "select": self.select,
+            "distil": self.distil,
+            "finetune": self.finetune,
+            "scale": self.finish,
+        }
         for stage in STAGES[: STAGES.index(until) + 1]:
             work[stage]()
         return self.run.path
@@ -131,9 +136,7 @@ class Conversion:
         errors = {str(layer): round(error, 5) for layer, error in objective.layer_errors.items()}
         note = self._note("align", self.teacher_hash, model_hash(folder), result, {"relative_error": errors})
         worst = max(errors, key=lambda k: errors[k])
-        say(
-            f"align: error {note.first_loss:.4f} -> {note.last_loss:.4f}; hardest layer {worst} ({errors[worst]:.3f} of its power)"
-        )
+        say(f"align: error {note.first_loss:.4f} -> {note.last_loss:.4f}; hardest layer {worst}, {errors[worst]:.3f}")
         return note
 
     def mixers(self) -> dict[int, Mixer]:
@@ -146,7 +149,7 @@ class Conversion:
 
     # Selection --------------------------------------------------------------------------------------------------------
 
-    def evidence(self, needs: set[str]) -> Evidence:
+    def evidence(self, needs: set[Need]) -> Evidence:
         """The sweep of the aligned run, made where it is missing: "sweep" and "restored" are what selectors need."""
         from halobench.evidence import gather
 
@@ -157,7 +160,7 @@ class Conversion:
         from halobench.surgery.selection import SELECTORS, Question
 
         selectors = [SELECTORS.get(name)() for name in methods]
-        needs = {s.needs for s in selectors} - {"nothing"}
+        needs: set[Need] = {s.needs for s in selectors} - {"nothing"}
         evidence = self.evidence(needs) if needs else None
         question = Question(
             layers=self.layers,
@@ -205,7 +208,8 @@ class Conversion:
             return done
         before = self.align()
         plan = self.plan()
-        student = transplant(self.teacher, plan, self.mixers()).to(self.device).float().train().requires_grad_(True)
+        student: Any = transplant(self.teacher, plan, self.mixers())
+        student.to(self.device).float().train().requires_grad_(True)
         objective = Distillation(student, self.teacher)
         self._describe("distil", self.recipe.distil, objective)
         result = self._loop("distil", objective, self.recipe.distil, before.sequences).run()
@@ -237,9 +241,7 @@ class Conversion:
         note = self._note(
             "finetune", before.hash, model_hash(folder), result, {"length": max(self.recipe.finetune.lengths)}
         )
-        say(
-            f"finetune: loss {note.first_loss:.3f} -> {note.last_loss:.3f} at {max(self.recipe.finetune.lengths)} tokens"
-        )
+        say(f"finetune: loss {note.first_loss:.3f} -> {note.last_loss:.3f}")
         return note
 
     def finish(self) -> ModelCard:

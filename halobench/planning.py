@@ -70,7 +70,6 @@ def draw_up(teacher: str, recipe: Recipe, given: tuple[int, ...] | None, lengths
     from transformers import AutoModelForCausalLM
 
     from halobench.surgery import SurgeryPlan, transplant
-    from halobench.surgery.anatomy import attention_modules
 
     config = teacher_config(teacher)
     with torch.device("meta"):
@@ -83,15 +82,12 @@ def draw_up(teacher: str, recipe: Recipe, given: tuple[int, ...] | None, lengths
             softmax_options={**recipe.softmax_options, "rope": not recipe.hype},
         )
         student = transplant(model, plan)
-    mixers, before = student.mixer_modules(), attention_modules(model)
+    mixers = student.mixer_modules()
     rows = []
     for layer, layer_plan in enumerate(plan.layers):
-        mixer = mixers[layer]
-        count, old = _count(mixer), dict(before[layer].named_parameters())
-        copied = sum(p.numel() for n, p in mixer.named_parameters() if n in old)
-        rows.append(
-            LayerRow(layer=layer, becomes=layer_plan.mixer, parameters=count, copied=copied, new=count - copied)
-        )
+        copied = sum(p.numel() for p in mixers[layer].copied_parameters())
+        new = sum(p.numel() for p in mixers[layer].new_parameters())
+        rows.append(LayerRow(layer=layer, becomes=layer_plan.mixer, parameters=copied + new, copied=copied, new=new))
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_token = 2 * heads * width * 2 * config.num_hidden_layers

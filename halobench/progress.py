@@ -12,7 +12,6 @@ from types import TracebackType
 
 from halobench.units import format_count, format_seconds
 
-
 _LABEL = "HALOBENCH_LABEL"
 
 
@@ -30,10 +29,14 @@ def say(text: str) -> None:
 class Progress:
     """Counts `unit`s towards `total`, starting from `done` when work is resumed.
 
-    On a terminal the line is redrawn; elsewhere a new line is printed every `every` seconds.
+    On a terminal the line is redrawn; elsewhere a new line is printed every `every` seconds. `quiet` prints nothing: of
+    several processes one speaks.
     """
 
-    def __init__(self, label: str, total: int, done: int = 0, unit: str = "tokens", every: float = 20.0) -> None:
+    def __init__(
+        self, label: str, total: int, done: int = 0, unit: str = "tokens", every: float = 20.0, quiet: bool = False
+    ) -> None:
+        self.quiet = quiet
         self.label, self.total, self.done, self.unit, self.every = label, total, done, unit, every
         self.note = ""
         self._start, self._first = time.monotonic(), done
@@ -46,6 +49,8 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.quiet:
+            return
         if self._live:
             sys.stderr.write("\r\x1b[2K")
         if kind is None:
@@ -56,7 +61,7 @@ class Progress:
         self.done += amount
         self.note = note or self.note
         now = time.monotonic()
-        if now - self._shown < (0.2 if self._live else self.every):
+        if self.quiet or now - self._shown < (0.2 if self._live else self.every):
             return
         self._shown = now
         if self._live:

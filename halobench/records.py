@@ -52,7 +52,7 @@ class ModelCard:
     """What a row of a leaderboard must know about a model.
 
     name: shown to people. selector: how the kept layers were chosen (several names when they agree).
-    kept: 0-based softmax layers; None for an untouched decoder. positions: "rope", "hype" (none in kept softmax layers).
+    kept: 0-based softmax layers; None for an untouched decoder. positions: "rope", "hype" (none in softmax layers).
     """
 
     name: str

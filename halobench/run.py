@@ -55,7 +55,7 @@ class RunFolder:
             differing = _differences(read_json(begun)["identity"], identity)
             if differing:
                 raise UserError(
-                    f"{path} holds another run: {'; '.join(differing[:4])}. Use the same settings to resume it, or another -o"
+                    f"{path} holds another run: {'; '.join(differing[:4])}. Use the same settings, or another -o"
                 )
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists and is not a run of halobench; choose another -o")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from halobench.config import from_dict, read_yaml, write_yaml
 from halobench.errors import UserError
@@ -125,7 +125,8 @@ def train(recipe: TeacherRecipe, data: str, folder: Path, *, device: str = "cpu"
         encode_corpus(files, tokenizer)
     team.wait()
     text = PackedText(encode_corpus(files, tokenizer), recipe.seed)
-    model = new_model(recipe.model, len(tokenizer), tokenizer.eos_token_id, recipe.seed).to(device)
+    model: Any = new_model(recipe.model, len(tokenizer), tokenizer.eos_token_id, recipe.seed)
+    model.to(device)
     drawn = 0
     for stage in recipe.stages:
         planted = Planted(tokenizer, PackedText(text.tokens, recipe.seed + 1), recipe.seed)
@@ -158,7 +159,7 @@ def _tokenizer(recipe: TeacherRecipe, files: list[Path], folder: Path, team: Tea
         with atomic_path(path) as temporary:
             train_tokenizer(files, recipe.vocabulary).save_pretrained(temporary)
     team.wait()
-    return AutoTokenizer.from_pretrained(path)
+    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
 
 
 def _finish(
@@ -169,7 +170,8 @@ def _finish(
 
     import torch
 
-    finished = copy.deepcopy(model).to(torch.bfloat16)
+    finished: Any = copy.deepcopy(model)
+    finished.to(torch.bfloat16)
     finished.config._attn_implementation = "sdpa"
     with atomic_path(folder / "model") as path:
         finished.save_pretrained(path)

@@ -23,6 +23,8 @@ FIRST_ROOM = 64  # tokens a key/value buffer has room for at least
 class LayerMemory(CacheLayerMixin):
     """What one layer remembers: a growing key/value buffer, or the states of a recurrence, or nothing yet."""
 
+    keys: Tensor
+    values: Tensor
     is_sliding = False
     supports_early_init = False
 
@@ -70,7 +72,7 @@ class LayerMemory(CacheLayerMixin):
     @property
     def used_bytes(self) -> int:
         """Bytes that hold something."""
-        total = sum(state.nbytes for state in self.states or ())
+        total: int = sum(state.nbytes for state in self.states or ())
         if self.is_initialized:
             total += sum(x.nbytes // x.shape[2] * self.length for x in (self.keys, self.values))
         return total
@@ -100,7 +102,7 @@ class LayerMemory(CacheLayerMixin):
         self.length = max(0, self.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        self.keys = self.values = self.states = None
+        self.keys = self.values = self.states = None  # type: ignore[assignment]
         self.is_initialized = False
         self.length = 0
 

@@ -32,7 +32,7 @@ from halobench.mixers.view import AttentionView
 class SoftmaxOptions:
     """Options of a softmax layer; the defaults are HyPE's.
 
-    rope: rotate queries and keys as the teacher does; False is NoPE.
+    rope: rotate queries and keys where the teacher does; False is NoPE.
     output_gate: multiply by sigmoid(W_g x).
     gate_init: "random" W_g (the released models), or "neutral": W_g zero and W_o doubled, with which (and with rope)
         the layer starts as exactly the teacher's attention.
@@ -67,6 +67,7 @@ class SoftmaxMixer(Mixer):
         self.hidden_size, self.num_heads, self.head_dim = view.hidden_size, view.num_heads, view.head_dim
         self.num_kv_heads = view.num_kv_heads
         self.scaling, self.soft_cap = view.scaling, view.soft_cap
+        self.rope = options.rope and view.rope
         self.window = view.sliding_window if options.sliding_window else None
         self.q_proj = linear(view.q_weight, view.q_bias)
         self.k_proj = linear(view.k_weight, view.k_bias)
@@ -88,7 +89,7 @@ class SoftmaxMixer(Mixer):
         q, k, v = (heads_of(layer, hidden_BTD, self.head_dim) for layer in (self.q_proj, self.k_proj, self.v_proj))
         q = q if self.q_norm is None else self.q_norm(q)
         k = k if self.k_norm is None else self.k_norm(k)
-        if self.options.rope and position_embeddings is not None:
+        if self.rope and position_embeddings is not None:
             q, k = rotate(q, position_embeddings), rotate(k, position_embeddings)
         if self.options.logits_scale_base is not None and not self.training:
             q = q * self._logits_scale(context.positions_BT).to(q.dtype)

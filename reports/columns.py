@@ -5,6 +5,7 @@ Columns are found from what the rows measured: one per needle length, per text t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,12 @@ def beyond_target(group: Group) -> Target | None:
     return needle_target(group.rows, [length for length in lengths if trained is None or length > trained])
 
 
+def inside_target(group: Group) -> Target | None:
+    """Needle accuracy over the lengths that teacher and hybrids alike were trained on."""
+    trained = min((row.card.trained_length for row in group.rows if row.card.trained_length), default=0)
+    return needle_target(group.rows, [length for length in needle_lengths(group.rows) if length <= trained])
+
+
 def margin_target(rows: Sequence[Row]) -> Target | None:
     """The log-likelihood margin of the commonsense stand-in; None when no row has it."""
     target = Target(suite=CSR_SUITE, task=CSR_TASK, metric="margin")
@@ -64,8 +71,12 @@ def margin_target(rows: Sequence[Row]) -> Target | None:
 
 
 def text_targets(rows: Sequence[Row]) -> list[Target]:
-    """Bits per byte on every text."""
-    keys = dict.fromkeys(k for row in rows for k in row.keys("ppl") if k[2] == "bits_per_byte")
+    """Bits per byte on every text, in its shortest and its longest window."""
+    measured = {k for row in rows for k in row.keys("ppl") if k[2] == "bits_per_byte"}
+    windows: dict[str, list[int]] = {}
+    for _, task, _, window in measured:
+        windows.setdefault(task, []).append(window or 0)
+    keys = [k for k in measured if (k[3] or 0) in (min(windows[k[1]]), max(windows[k[1]]))]
     return [
         Target(suite="ppl", task=k[1], metric=k[2], lengths=(k[3],))
         for k in sorted(keys, key=lambda k: (k[1], k[3] or 0))
@@ -139,6 +150,7 @@ def _quality(group: Group) -> list[Column]:
         found.append(
             Column(title=Markup("CSR margin (acc)"), cell=_margin, meaning=meaning, target=margin, uses=_keys(margin))
         )
+    found += _csr_mean(rows)
     for length in needle_lengths(rows):
         target = needle_target(rows, [length])
         mark = f" {multiple(length, trained)}" + (" (trained)" if length == trained else "")
@@ -153,6 +165,26 @@ def _quality(group: Group) -> list[Column]:
         found.append(_score(title, target, meaning))
         meaning = ""
     return found
+
+
+def _csr_mean(rows: Sequence[Row]) -> list[Column]:
+    """Mean over the commonsense tasks that every row with any of them has: normalised accuracy where there is one."""
+    tasks = [{key[1] for key in row.keys(CSR_SUITE)} - {CSR_TASK} for row in rows]
+    common = sorted(set.intersection(*(own for own in tasks if own))) if any(tasks) else []
+    if not common:
+        return []
+
+    def cell(row: Row) -> str:
+        scores = [row.metric(CSR_SUITE, t, "acc_norm") or row.metric(CSR_SUITE, t, "acc") for t in common]
+        known = [m for m in scores if m is not None]
+        if len(known) < len(common):
+            return missing(row, "eval", Target(suite=CSR_SUITE, task=common[0], metric="acc"))
+        errors = [m.stderr for m in known if m.stderr is not None]
+        stderr = math.sqrt(sum(e * e for e in errors)) / len(known) if len(errors) == len(known) else None
+        return number(sum(m.value for m in known) / len(known), stderr)
+
+    meaning = f"mean accuracy, length-normalised where there is one, over {', '.join(common)}"
+    return [Column(title=Markup(f"CSR mean ({len(common)} tasks)"), cell=cell, meaning=meaning)]
 
 
 def _keys(target: Target) -> tuple[Key, ...]:
@@ -207,11 +239,11 @@ def _costs(group: Group) -> list[Column]:
         Column(
             title=Markup(f"{title} at {at}"),
             cell=_cost_cell(task, contexts, unit),
-            meaning=meaning,
-            uses=tuple(key for length in contexts for key in _profile_keys(group.rows, task, length)),
+            meaning=f"{meaning} ({', '.join(sorted({key[2] for key in keys}))})",
+            uses=tuple(keys),
         )
         for title, task, unit, meaning in kinds
-        if contexts
+        if (keys := {key for length in contexts for key in _profile_keys(group.rows, task, length)})
     ]
 
 

@@ -2,8 +2,9 @@
 
 The interval is a paired bootstrap over questions. The p-value is a paired sign-flip test: were the two models alike,
 each question's difference would be as likely to point the other way. It stays honest for a handful of questions, where
-the bootstrap's own tail does not. Holm's step-down correction runs over every comparison of one call. Without samples,
-two standard errors are combined as if the questions were independent; without those nothing is claimed.
+the bootstrap's own tail does not. Questions about one haystack are resampled and flipped together. Holm's step-down
+correction runs over every comparison of one call. Without samples, two standard errors are combined as if the questions
+were independent; without those nothing is claimed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Literal
 
 import numpy as np
 
-from halobench.reports.rows import Measured, Row
+from halobench.records import Metric
+from halobench.reports.rows import Measured, Row, seed_of
 
 RESAMPLES = 5_000
 FLIPS = 20_000
@@ -52,7 +54,10 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`difference` is left minus right, in the metric's own units; `adjusted` is p after Holm's correction."""
+    """`difference` is left minus right, in the metric's own units; `adjusted` is p after Holm's correction.
+
+    n: samples compared. clusters: how many groups of them are independent of one another (haystacks).
+    """
 
     left: str
     right: str
@@ -65,6 +70,7 @@ class Comparison:
     p: float | None = None
     adjusted: float | None = None
     n: int = 0
+    clusters: int = 0
     level: float = 0.05
 
     @property
@@ -150,20 +156,51 @@ def _one(left: Row, right: Row, target: Target, rng: np.random.Generator, level:
         base, difference=float(np.mean([x.metric.value - y.metric.value for x, y in zip(a, b, strict=True)]))
     )
     if all(_same_questions(x, y) for x, y in zip(a, b, strict=True)):
-        strata = [_samples(x) - _samples(y) for x, y in zip(a, b, strict=True)]
+        strata = [_paired(left, x, right, y) for x, y in zip(a, b, strict=True)]
         low, high = bootstrap_interval(strata, rng, level)
-        n = sum(len(d) for d in strata)
+        n, clusters = sum(s.metric.n for s in a), sum(len(d) for d in strata)
         # The mean of the samples, so that difference and interval speak of the same quantity.
         difference = float(np.mean([d.mean() for d in strata]))
         p = sign_flip_p(strata, rng)
-        return replace(base, method="paired", difference=difference, low=low, high=high, p=p, n=n)
+        return replace(base, method="paired", difference=difference, low=low, high=high, p=p, n=n, clusters=clusters)
     return _independent(base, a, b)
 
 
 def _same_questions(left: Measured, right: Measured) -> bool:
     """Samples can be paired when there are equally many and both runs drew their questions with the same seed."""
-    seeds = (left.record.settings.get("seed"), right.record.settings.get("seed"))
+    seeds = (seed_of(left.record, left.metric.suite), seed_of(right.record, right.metric.suite))
     return len(_samples(left)) == len(_samples(right)) > 1 and (None in seeds or seeds[0] == seeds[1])
+
+
+def _paired(left: Row, a: Measured, right: Row, b: Measured) -> np.ndarray:
+    """Differences of the samples, averaged over each cluster."""
+    size = max(cluster_size(left, a), cluster_size(right, b))
+    differences = _samples(a) - _samples(b)
+    return differences.reshape(-1, size if len(differences) % size == 0 else 1).mean(axis=1)
+
+
+def cluster_size(row: Row, source: Measured) -> int:
+    """How many consecutive samples belong together, such as the questions about one haystack.
+
+    A recorded standard error that knows of clusters is reproduced by one cluster size alone: the smallest that does is
+    taken, over all metrics of the same questions (a log-likelihood settles what a row of equal answers leaves open).
+    """
+    task = (source.metric.suite, source.metric.task, source.metric.length)
+    alike = [m.metric for m in row.measured.values() if (m.metric.suite, m.metric.task, m.metric.length) == task]
+    return max((_smallest_cluster(metric) for metric in alike if metric.n == source.metric.n), default=1)
+
+
+def _smallest_cluster(metric: Metric) -> int:
+    values = np.asarray(metric.samples or [], dtype=np.float64)
+    count = len(values)
+    if metric.stderr is None or count != metric.n or np.ptp(values) == 0:
+        return 1
+    for size in (size for size in range(1, count // 2 + 1) if count % size == 0):
+        sums = (values - values.mean()).reshape(-1, size).sum(axis=1)
+        stderr = math.sqrt(len(sums) / (len(sums) - 1) * float(np.square(sums).sum())) / count
+        if math.isclose(stderr, metric.stderr, rel_tol=2e-3):
+            return size
+    return 1
 
 
 def _samples(measured: Measured) -> np.ndarray:

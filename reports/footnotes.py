@@ -4,6 +4,7 @@ tested, and the seeds, versions and hardware of the runs."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from halobench.records import RunRecord
 from halobench.reports.columns import columns
@@ -35,7 +36,7 @@ def _meanings(groups: Sequence[Group]) -> list[str]:
     trained = f" ({', '.join(map(format_length, lengths))} tokens)" if lengths else ""
     needles = (
         "**needles**: share of questions answered with the planted value, by context length; ×k is k times the "
-        f"longest training length of the group{trained}"
+        f"longest length the hybrids were trained on{trained}"
     )
     return [*(f"**{title}**: {escape(meaning)}" for title, meaning in found.items()), needles]
 
@@ -44,8 +45,9 @@ def _tests(marks: Sequence[Comparisons]) -> str:
     tested = sum(made.tested for made in marks)
     return (
         f"**Comparisons**: {tested} behind the marks, Holm-corrected per teacher at 5%. Samples are paired question by "
-        f"question; intervals by bootstrap ({RESAMPLES:,} resamples), p-values by sign flips ({FLIPS:,}); without "
-        "samples, from the two standard errors; without those, no claim."
+        "question, questions about one haystack being kept together; the paired difference weighs all samples alike, "
+        f"where bits per byte itself weighs documents by size. Intervals by bootstrap ({RESAMPLES:,} resamples), "
+        f"p-values by sign flips ({FLIPS:,}); without samples, from the two standard errors; without those, no claim."
     )
 
 
@@ -102,11 +104,18 @@ def _hardware(record: RunRecord) -> str:
 def _seeds(records: Sequence[RunRecord]) -> list[str]:
     found: dict[str, list[str]] = {}
     for record in records:
-        for name, value in record.settings.items():
-            if name == "seed" or name.endswith("_seed"):
-                found.setdefault(f"{record.kind}{'' if name == 'seed' else ' ' + name}", []).append(str(value))
+        found.setdefault(record.kind, []).extend(_named_seed(record.settings))
+    found = {kind: seeds for kind, seeds in found.items() if seeds}
     shown = "; ".join(f"{what} {', '.join(_distinct(values))}" for what, values in sorted(found.items()))
     return [f"**Seeds**: {escape(shown) if shown else 'not recorded'}"]
+
+
+def _named_seed(settings: Any) -> list[str]:
+    """Every value called "seed" in settings, however deep."""
+    if not isinstance(settings, dict):
+        return []
+    own = [str(settings["seed"])] if "seed" in settings else []
+    return own + [seed for value in settings.values() for seed in _named_seed(value)]
 
 
 def _failures(rows: Sequence[Row]) -> list[str]:

@@ -50,7 +50,7 @@ def plot_layer_scores(record: RunRecord, path: Path) -> Path:
     figure = canvas.page(9.6, height)
     canvas.heading(figure, layers_title(found), _subtitle(record, layers), 0.03)
     width = (0.92 - 0.065 * (across - 1)) / across
-    notes: dict[str, None] = {"blue: kept as softmax attention": None, "each panel has its own scale": None}
+    notes: dict[str, None] = {"blue: kept as softmax": None, "each panel has its own scale": None}
     for i, (name, entry) in enumerate(found.items()):
         bottom = (height - _TOP - _PANEL * (i // across + 1) + 0.32) / height
         axes = figure.add_axes((0.055 + (i % across) * (width + 0.065), bottom, width, 1.08 / height))
@@ -103,7 +103,7 @@ def _panel(axes: Axes, label: str, entry: dict, layers: int) -> list[str]:
     scores, errors = _numbers(entry.get("scores"), layers), _numbers(entry.get("stderr"), layers)
     _frame(axes, label, entry, layers)
     known = [(s, e if math.isfinite(e) else 0.0) for s, e in zip(scores, errors, strict=True) if math.isfinite(s)]
-    if len({score for score, _ in known}) < 2:
+    if len({score for score, _ in known}) < 2 or scores == [float(layer in kept) for layer in range(layers)]:
         _pattern(axes, kept, layers)
         return []
     scale = fit([score for score, _ in known], [error for _, error in known])
@@ -115,8 +115,8 @@ def _panel(axes: Axes, label: str, entry: dict, layers: int) -> list[str]:
     if scale.low < 0 < scale.high:
         axes.axhline(0, color=canvas.FAINT, linewidth=0.8, zorder=2)
     notes = ["whiskers: ±1 standard error"] if any(error for _, error in known) else []
-    notes += ["a cut bar runs off the scale"] if any(not _inside(score, scale) for score, _ in known) else []
-    return notes + (["an axis without 0 starts below the lowest score"] if scale.base != 0 else [])
+    notes += ["cut bars run off it"] if any(not _inside(score, scale) for score, _ in known) else []
+    return notes + (["some axes do not start at 0"] if scale.base != 0 else [])
 
 
 def _frame(axes: Axes, label: str, entry: dict, layers: int) -> None:
@@ -150,7 +150,7 @@ def fit(scores: Sequence[float], errors: Sequence[float]) -> Scale:
             body = body[:i]
             break
     low, high = min(s - e for s, e in body), max(s + e for s, e in body)
-    if low > 0.6 * high > 0 or 0 > high > 0.6 * low:
+    if low > 0.6 * high > 0 or high < 0.6 * low < 0:
         margin = 0.3 * (high - low)
         return Scale(low - margin, high + 0.5 * margin, low - margin, low, high)
     reach = (max(high, 0.0) - min(low, 0.0)) or 1.0
@@ -202,4 +202,12 @@ def _pattern(axes: Axes, kept: Sequence[int], layers: int) -> None:
     axes.set_ylim(0, 1)
     axes.set_yticks([])
     axes.grid(visible=False)
-    axes.text(0, 0.6, "no scores: a fixed choice", transform=axes.transAxes, size=8, color=canvas.SOFT, style="italic")
+    axes.text(
+        0,
+        0.6,
+        "chosen without looking at the model",
+        transform=axes.transAxes,
+        size=8,
+        color=canvas.SOFT,
+        style="italic",
+    )

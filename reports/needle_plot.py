@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from halobench.errors import HalobenchError
 from halobench.reports import canvas
 from halobench.reports.columns import needle_lengths, needle_task
-from halobench.reports.rows import Row
+from halobench.reports.rows import Row, trained_length
 from halobench.reports.table import clean
 from halobench.units import format_length
 
@@ -28,7 +28,7 @@ def plot_needles(rows: Sequence[Row], path: Path) -> Path:
     if task is None or not lengths:
         raise HalobenchError("no needle results to plot; run `halobench eval --suite niah` first")
     lines = [(row, points) for row in rows if (points := _points(row, task, lengths))]
-    trained = max((row.card.trained_length for row, _ in lines if row.card.trained_length), default=None)
+    trained = trained_length([row for row, _ in lines])
     figure = canvas.page(9.6, max(4.9, 2.0 + 0.46 * len(lines)))
     height = figure.get_size_inches()[1]
     axes = figure.add_axes((0.07, 0.62 / height, 0.6, (height - 0.62 - 1.12) / height))
@@ -40,7 +40,8 @@ def plot_needles(rows: Sequence[Row], path: Path) -> Path:
         f"share of needles found ({clean(task)}), {n} questions a point; bands: ±1 standard error",
         0.045,
     )
-    _needle_axes(axes, lengths, trained)
+    _needle_axes(axes, lengths)
+    _training(axes, [row for row, _ in lines])
     for i, (row, points) in enumerate(lines):
         _line(axes, points, _style(row, i - sum(r.untouched for r, _ in lines[:i])))
     _end_labels(axes, lines)
@@ -84,22 +85,36 @@ def _style(row: Row, index: int) -> dict[str, Any]:
     }
 
 
-def _needle_axes(axes: Axes, lengths: Sequence[int], trained: int | None) -> None:
+def _needle_axes(axes: Axes, lengths: Sequence[int]) -> None:
     canvas.tidy(axes)
     low, high = math.log2(lengths[0]), math.log2(lengths[-1])
-    axes.set_xlim(low - 0.18, high + 0.12)
+    # A length more on either side when there is only one.
+    axes.set_xlim(low - (0.18 if high > low else 1), high + (0.12 if high > low else 1))
     axes.set_ylim(-0.03, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
     axes.set_xticks([math.log2(n) for n in lengths], [format_length(n) for n in lengths])
     axes.set_xlabel("context length (tokens)", size=9, color=canvas.SOFT, labelpad=6)
-    if trained:
-        at = math.log2(trained)
-        axes.axvspan(low - 1, at, color="#F3F5F7", zorder=0)
+
+
+def _training(axes: Axes, rows: Sequence[Row]) -> None:
+    """A line where training ended, for hybrids and teacher when they differ; what all were trained on is shaded."""
+    hybrids = trained_length(rows)
+    teacher = max((row.card.trained_length or 0 for row in rows if row.untouched), default=0)
+    ends = {hybrids: "trained to"} if hybrids else {}
+    if hybrids and teacher and teacher != hybrids:
+        ends = {hybrids: "hybrids trained to", teacher: "teacher to"}
+    low, high = axes.get_xlim()
+    for i, (length, text) in enumerate(sorted(ends.items())):
+        at = math.log2(length)
+        if i == 0:
+            axes.axvspan(low - 1, min(at, high), color="#F3F5F7", zorder=0)
+        if not low <= at <= high:
+            continue
         axes.axvline(at, color=canvas.SOFT, linewidth=1.0, zorder=1)
         axes.annotate(
-            f"trained to {format_length(trained)}",
+            f"{text} {format_length(length)}",
             (at, 1.0),
-            (6, 2),
+            (0, 3),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             size=8,
@@ -107,6 +122,7 @@ def _needle_axes(axes: Axes, lengths: Sequence[int], trained: int | None) -> Non
             va="bottom",
             ha="center",
         )
+    axes.set_xlim(low, high)
 
 
 def _line(axes: Axes, points: Points, style: dict[str, Any]) -> None:
@@ -120,7 +136,6 @@ def _line(axes: Axes, points: Points, style: dict[str, Any]) -> None:
 
 def _end_labels(axes: Axes, lines: Sequence[tuple[Row, Points]]) -> None:
     """Labels right of the last points, pushed apart, each tied to its line by a thread of the line's colour."""
-    longest = max(math.log2(points[-1][0]) for _, points in lines)
     left, right = axes.get_xlim()
     unit = (right - left) / 100
     step = min(0.135, 1.08 / len(lines))
@@ -130,7 +145,7 @@ def _end_labels(axes: Axes, lines: Sequence[tuple[Row, Points]]) -> None:
         row, points = lines[i]
         style = _style(row, i - sum(r.untouched for r, _ in lines[:i]))
         end = (math.log2(points[-1][0]), points[-1][1])
-        thread = [end[0], longest + 3 * unit, longest + 7 * unit, longest + 11 * unit]
+        thread = [end[0], right, right + 4 * unit, right + 8.5 * unit]
         axes.plot(thread[:3], [end[1], end[1], place], color=style["color"], linewidth=0.8, alpha=0.7, clip_on=False)
         axes.plot(
             thread[2:],
@@ -141,7 +156,7 @@ def _end_labels(axes: Axes, lines: Sequence[tuple[Row, Points]]) -> None:
             clip_on=False,
         )
         axes.plot(
-            [longest + 9 * unit],
+            [right + 6.25 * unit],
             [place],
             marker=style["marker"],
             color=style["color"],
@@ -150,7 +165,7 @@ def _end_labels(axes: Axes, lines: Sequence[tuple[Row, Points]]) -> None:
             markeredgecolor="white",
             markeredgewidth=0.8,
         )
-        _label(axes, row, longest + 12.5 * unit, place, step)
+        _label(axes, row, right + 10 * unit, place, step)
 
 
 def _label(axes: Axes, row: Row, x: float, y: float, step: float) -> None:

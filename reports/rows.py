@@ -10,9 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from halobench.records import Metric, ModelCard, RunRecord
 from halobench.reports.table import clean
+from halobench.units import format_length
 
 Key = tuple[str, str, str, int | None]
 LONGEST_NAME = 60
@@ -67,8 +69,7 @@ class Row:
 
     def failures(self, kind: str, suite: str | None = None, length: int | None = None) -> list[str]:
         """Why records of `kind` ("eval", "profile") failed; those about other suites or lengths are left out."""
-        failed = [record for record in self.records if record.kind == kind and record.status == "error"]
-        return [record.error or "unknown error" for record in failed if _concerns(record, suite, length)]
+        return [why for record in self.records if record.kind == kind for why in _failures(record, suite, length)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +87,34 @@ class Group:
 
     @property
     def trained_length(self) -> int | None:
-        """The longest context any of the rows was trained on: what lies beyond is new to all of them."""
-        return max((row.card.trained_length for row in self.rows if row.card.trained_length), default=None)
+        """See `trained_length`."""
+        return trained_length(self.rows)
+
+
+def trained_length(rows: Sequence[Row]) -> int | None:
+    """The longest context the hybrids were trained on (the teacher, without hybrids): beyond it all is new to them."""
+    known = [(row.untouched, row.card.trained_length) for row in rows if row.card.trained_length]
+    own = [length for untouched, length in known if not untouched] or [length for _, length in known]
+    return max(own, default=None)
+
+
+def seed_of(record: RunRecord, suite: str) -> Any:
+    """The seed of a suite's questions: the suite's own setting, else the record's; None when it was not noted."""
+    own = record.settings.get(suite)
+    return own.get("seed") if isinstance(own, dict) and "seed" in own else record.settings.get("seed")
+
+
+def _failures(record: RunRecord, suite: str | None, length: int | None) -> list[str]:
+    """Errors of the whole record, and of the single contexts of a profile that found no memory."""
+    if record.status == "error" and _concerns(record, suite, length):
+        return [record.error or "unknown error"]
+    rows = record.details.get("rows")
+    contexts = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    failed = [row for row in contexts if row.get("status", "ok") != "ok" and length in (None, row.get("context"))]
+    reasons = [
+        ("out of memory" if row["status"] == "oom" else str(row.get("error")), row.get("context")) for row in failed
+    ]
+    return [why + (f" at {format_length(at)} tokens" if isinstance(at, int) else "") for why, at in reasons]
 
 
 def _concerns(record: RunRecord, suite: str | None, length: int | None) -> bool:

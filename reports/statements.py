@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from halobench.reports.columns import beyond_target, margin_target, needle_lengths, needle_target, span, text_targets
+from halobench.reports.columns import beyond_target, inside_target, margin_target, span, text_targets
 from halobench.reports.comparison import Comparison, Comparisons, Target, compare_cases
 from halobench.reports.rows import Group, Row
 from halobench.reports.table import escape, number, signed
@@ -65,6 +65,20 @@ def _needles_beyond(group: Group, pooled: Target) -> str:
     return f"needles {'beyond the training length' if trained else 'at all lengths'} ({span(pooled.lengths, trained)})"
 
 
+def _needles_inside(group: Group, inside: Target) -> str:
+    return f"needles within the training length ({span(inside.lengths, group.trained_length)})"
+
+
+def _text(target: Target) -> str:
+    window = target.lengths[0]
+    return target.task + (f" in windows of {format_length(window)}" if window else "")
+
+
+def _shortest(targets: list[Target]) -> list[Target]:
+    """Of each text the target with the shortest window."""
+    return list({target.task: target for target in reversed(targets)}.values())[::-1]
+
+
 def _selection(group: Group, halo: Row | None, pooled: Target | None) -> list[Claim]:
     if halo is None or pooled is None or chose_by(halo, "even"):
         return []
@@ -75,8 +89,7 @@ def _selection(group: Group, halo: Row | None, pooled: Target | None) -> list[Cl
 
 def _positions(group: Group, pooled: Target | None) -> list[Claim]:
     """Rows that differ in nothing but the positions of their kept layers."""
-    trained, lengths = group.trained_length, needle_lengths(group.rows)
-    inside = needle_target(group.rows, [n for n in lengths if n == trained])
+    inside = inside_target(group)
     found = []
     for hype in (row for row in group.hybrids if row.card.positions == "hype"):
         for rope in (row for row in group.hybrids if row.card.positions == "rope"):
@@ -85,7 +98,7 @@ def _positions(group: Group, pooled: Target | None) -> list[Claim]:
             what = _needles_beyond(group, pooled)
             found.append(Claim(topic="HyPE against RoPE kept", what=what, left=hype, right=rope, target=pooled))
             if inside is not None:
-                what = f"needles at the training length ({format_length(trained or 0)})"
+                what = _needles_inside(group, inside)
                 found.append(Claim(topic="HyPE against RoPE kept", what=what, left=hype, right=rope, target=inside))
     return found
 
@@ -94,15 +107,12 @@ def _teacher(group: Group, halo: Row | None, pooled: Target | None) -> list[Clai
     student = halo or (group.hybrids[0] if group.hybrids else None)
     if student is None or group.teacher is None:
         return []
-    trained = group.trained_length
+    inside = inside_target(group)
     targets: list[tuple[str, Target | None]] = [
         (_needles_beyond(group, pooled) if pooled else "", pooled),
-        (
-            f"needles at the training length ({format_length(trained)})" if trained else "",
-            needle_target(group.rows, [n for n in needle_lengths(group.rows) if n == trained]),
-        ),
+        (_needles_inside(group, inside) if inside else "", inside),
         ("the commonsense margin (nats per byte)", margin_target(group.rows)),
-        *((f"bits per byte on {t.task} (lower is better)", t) for t in text_targets(group.rows)),
+        *((f"bits per byte on {_text(t)} (lower is better)", t) for t in _shortest(text_targets(group.rows))),
     ]
     return [
         Claim(topic="Against the teacher", what=what, left=student, right=group.teacher, target=target)
@@ -121,9 +131,12 @@ def sentence(claim: Claim, made: Comparison) -> str:
     numbers = f"{_named(claim.left)} {number(*left)} against {_named(claim.right)} {number(*right)}"
     if made.low is None or made.high is None or made.adjusted is None:
         return f"{opening} {numbers}; no uncertainty was recorded, so no difference is claimed."
-    interval = f"difference {signed(made.difference)}, 95% interval {signed(made.low)} to {signed(made.high)}"
+    kind = "paired difference" if made.method == "paired" else "difference"
+    interval = f"{kind} {signed(made.difference)}, 95% interval {signed(made.low)} to {signed(made.high)}"
     chance = "p < 0.001" if made.adjusted < 0.001 else f"p = {made.adjusted:.3f}"
-    basis = f"{made.n} {'paired' if made.method == 'paired' else 'unpaired'} samples"
+    basis = f"{made.n} {'samples' if made.method == 'paired' else 'unpaired samples'}"
+    if 0 < made.clusters < made.n:
+        basis += f" in {made.clusters} independent groups"
     winner = made.winner
     if winner is None:
         verdict = "**Within noise**: neither is ahead"

@@ -59,8 +59,8 @@ def significant(value: float | None, figures: int = 3) -> Markup:
         return Markup(MISSING)
     if value == 0:
         return Markup("0")
-    decimals = max(0, figures - 1 - math.floor(math.log10(abs(value))))
-    return Markup(f"{round(value, figures - 1 - math.floor(math.log10(abs(value)))):.{decimals}f}")
+    rounded = float(f"{value:.{figures - 1}e}")
+    return Markup(f"{rounded:.{max(0, figures - 1 - math.floor(math.log10(abs(rounded))))}f}")
 
 
 def _fixed(value: float, digits: int) -> str:

@@ -108,7 +108,9 @@ def _read_layer(model: PreTrainedModel, index: int, attention: nn.Module) -> Att
     if heads % kv_heads:
         raise UserError(f"{where}: {heads} query heads cannot share {kv_heads} key/value heads evenly; {FITS}")
     biases: dict[str, Any] = {f"{key[0]}_bias": parts[key].bias for key in PARTS}
-    norms: dict[str, Any] = {f"{key}_weight": _norm_weight(getattr(attention, key, None), head_dim, f"{where}: {key}") for key in NORMS}
+    norms: dict[str, Any] = {
+        f"{key}_weight": _norm_weight(getattr(attention, key, None), head_dim, f"{where}: {key}") for key in NORMS
+    }
     rotary_dim = _rotary_dim(model, attention, head_dim)
     return AttentionView(
         layer_index=index,
@@ -146,7 +148,10 @@ def _rotary_dim(model: PreTrainedModel, attention: nn.Module, head_dim: int) -> 
     if rotary is None or not getattr(attention, "use_rope", True):
         return 0
     frequencies = getattr(rotary, "inv_freq", None)
-    return head_dim if frequencies is None else 2 * frequencies.numel()
+    if frequencies is None:
+        kind = model.config.model_type
+        raise UserError(f"{kind} has rotary tables of several kinds, which is not understood yet; {FITS}")
+    return min(head_dim, 2 * frequencies.numel())
 
 
 @torch.no_grad()

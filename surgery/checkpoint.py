@@ -91,7 +91,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has no tokenizer that can be loaded; put the teacher's tokenizer files there") from error
+        raise UserError(
+            f"{path} has no tokenizer that can be loaded; put the teacher's tokenizer files there"
+        ) from error
 
 
 def load_config(path: str | Path) -> PretrainedConfig:

@@ -77,9 +77,11 @@ def read_documents(files: Iterable[Path]) -> Iterator[str]:
 
 def _json_lines(path: Path) -> Iterator[str]:
     opener = gzip.open if path.name.endswith(".gz") else open
+    number = 0
     try:
         with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 if line.strip():
                     yield json.loads(line)["text"]
     except (json.JSONDecodeError, KeyError, TypeError, EOFError, gzip.BadGzipFile) as error:

@@ -5,20 +5,24 @@ Losses ask for these apart, so that logits are only ever made a chunk at a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 # What families do to their logits besides the matrix product: (field of the config, how it acts).
-_SCALES = (("logits_scaling", lambda z, s: z / s), ("logit_scale", lambda z, s: z * s))
+_SCALES: tuple[tuple[str, Callable[[Tensor, float], Tensor]], ...] = (
+    ("logits_scaling", lambda logits, scale: logits / scale),  # Granite
+    ("logit_scale", lambda logits, scale: logits * scale),  # Cohere
+)
 
 
-def final_hidden(model: nn.Module, tokens_BT: Tensor) -> Tensor:
+def final_hidden(model: Any, tokens_BT: Tensor) -> Tensor:
     """Hidden states (B, T, D) after the last norm, without a cache; for any Hugging Face decoder and for hybrids."""
     if hasattr(model, "final_hidden"):
         return model.final_hidden(tokens_BT)
-    return model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state  # type: ignore[operator,union-attr]
+    return model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
 
 
 def unembed(model: Any, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from halobench.errors import UserError
 from halobench.mixers import MIXERS
 from halobench.mixers.cache import FIRST_ROOM, HybridCache
 from halobench.mixers.contract import Mixer, MixerContext, build_mixer
+from halobench.surgery import heads
 from halobench.surgery.anatomy import decoder_layers, read_attention
 from halobench.surgery.batch import BatchFacts, read_batch
 from halobench.surgery.plan import KEEP, SurgeryPlan
@@ -182,9 +183,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits of final hidden states, (..., D) to (..., vocabulary)."""
-        logits = self.backbone.get_output_embeddings()(hidden)
-        divisor = getattr(self.backbone.config, "logits_scaling", None)  # Granite
-        return logits if divisor is None else logits / divisor
+        return heads.unembed(self.backbone, hidden)
 
     def _read(
         self,

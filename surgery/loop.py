@@ -7,10 +7,14 @@ future is the step, the sequences drawn, the weights and the optimiser's moments
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -116,19 +120,19 @@ class Loop:
         self._resume()
         steps, saved, started = self.config.steps(), time.monotonic(), time.monotonic()
         before = self.result.seconds
-        with Progress(self.objective.name, steps * self.config.batch_tokens, self.result.tokens) as progress:
-            try:
-                while self.step < steps:
-                    loss = self._one_step(steps)
-                    self.result.seconds = before + time.monotonic() - started
-                    if self.team.leads:
-                        progress.advance(self.config.batch_tokens, f"loss {loss:.4f}")
-                    if time.monotonic() - saved > self.config.save_every_seconds:
-                        self.save()
-                        saved = time.monotonic()
-            except KeyboardInterrupt:
-                self.save()
-                raise
+        total = steps * self.config.batch_tokens
+        progress = Progress(self.objective.name, total, self.result.tokens, quiet=not self.team.leads)
+        with progress, _interrupts() as interrupted:
+            while self.step < steps:
+                loss = self._one_step(steps)
+                self.result.seconds = before + time.monotonic() - started
+                progress.advance(self.config.batch_tokens, f"loss {loss:.4f}")
+                if interrupted():
+                    self.save()
+                    raise KeyboardInterrupt
+                if time.monotonic() - saved > self.config.save_every_seconds:
+                    self.save()
+                    saved = time.monotonic()
         self._summarise()
         self.save()
         return self.result
@@ -183,7 +187,7 @@ class Loop:
         bad = [n for n, p in self.objective.parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
         where = f"first at {bad[0]}" if bad else "in the loss itself"
         raise HalobenchError(
-            f"{self.objective.name}: numbers stopped being finite at step {self.step} (loss {loss}, gradient norm {norm}), "
+            f"{self.objective.name}: numbers stopped being finite at step {self.step} (loss {loss}, gradient {norm}), "
             f"{where}; the last good checkpoint is {self.folder / 'checkpoint'}: lower the rate and run again"
         )
 
@@ -219,17 +223,38 @@ class Loop:
         changed = sorted(k for k, v in to_dict(self.config).items() if state["config"].get(k) != v)
         if changed:
             raise UserError(
-                f"{self.folder} was begun with another {', '.join(changed)}; use the same settings to resume, or a new folder"
+                f"{self.folder} was begun with another {', '.join(changed)}; use the same settings, or a new folder"
             )
         weights = load_file(folder / "weights.safetensors")
         with torch.no_grad():
             for name, parameter in self.objective.parameters():
                 parameter.copy_(weights[name])
         self.optimizer.load_state(load_file(folder / "optimizer.safetensors"))
-        result = {k: math.nan if v is None else v for k, v in state["result"].items()}
+        result: dict[str, Any] = {k: math.nan if v is None else v for k, v in state["result"].items()}
         self.result, self.step = StageResult(**result), state["step"]
         self.result.resumed = True
         _truncate_log(self.folder / "metrics.jsonl", self.step)
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait for the end of a step, where the state is whole; a second one acts at once."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _truncate_log(path: Path, steps: int) -> None:

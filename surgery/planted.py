@@ -1,7 +1,7 @@
 """Planted retrieval for training: needles in real filler, key-value lists and tiled repeats.
 
-Models this small learn to retrieve only when dense copying is part of the mixture. Words and sentence templates here are
-kept apart from those of the evaluation (`tasks/needle.py`): nouns are split in two by a hash, templates are disjoint.
+Models this small learn to retrieve only when dense copying is part of the mixture. Words and sentence templates here
+are kept apart from the evaluation's (`tasks/needle.py`): nouns are split in two by a hash, templates are disjoint.
 """
 
 from __future__ import annotations
@@ -96,10 +96,10 @@ class Planted:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _pairs(self, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-        keys = rng.choice(nouns("train"), size=count, replace=False)
+        keys = [str(word) for word in rng.choice(nouns("train"), size=count, replace=False)]
         if rng.random() < 0.25:
-            keys = [f"{a} {b}" for a, b in zip(rng.choice(nouns("train"), size=count), keys, strict=True)]
-        return [(str(key), random_value(rng)) for key in keys]
+            keys = [f"{word} {key}" for word, key in zip(rng.choice(nouns("train"), size=count), keys, strict=True)]
+        return [(key, random_value(rng)) for key in keys]
 
     def _needles(self, rng: np.random.Generator, index: int, length: int) -> Sequence:
         """One to eight facts inside real text, then questions about them in another order."""

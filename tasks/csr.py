@@ -100,10 +100,10 @@ def run_lm_eval(
         UserError: an unknown task, with the nearest name, or a file that is missing.
         HalobenchError: a dataset that cannot be fetched.
     """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
     with _quiet(), _random_state_kept():
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+
         offline = TaskManager(include_path=str(OUR_TASKS), include_defaults=False, metadata={"seed": seed})
         loaded = _load(tasks, data_dir, offline, manager)
         results = lm_eval.simple_evaluate(
@@ -117,14 +117,11 @@ def run_lm_eval(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    if results is None:
-        raise HalobenchError("lm-eval gave no results on this process; run it on one process")
-    known = {task.task_name: task for task in loaded}
-    metrics = []
-    for name, row in results["results"].items():
-        if name in known:
-            metrics += _metrics(suite, name, known[name], row, results)
-    return metrics
+        if results is None:
+            raise HalobenchError("lm-eval gave no results on this process; run it on one process")
+        known = {task.task_name: task for task in loaded}  # draws from a global generator, whatever for
+        table = [(name, row) for name, row in results["results"].items() if name in known]
+        return [metric for name, row in table for metric in _metrics(suite, name, known[name], row, results)]
 
 
 def _wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> Any:

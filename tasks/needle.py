@@ -7,8 +7,9 @@ The filler wraps around, so a haystack is never shorter than asked, and nothing 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -25,11 +26,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NEEDLE = " One of the special magic numbers for {key} is: {value}."
-QUESTION = (
-    "\nWhat is the special magic number for {key} mentioned in the text? "
-    "The special magic number for {key} mentioned in the text is:"
-)
+# RULER's wording, cut so that four facts and a question fit 128 tokens of a small vocabulary.
+NEEDLE = " The magic number for {key} is: {value}."
+QUESTION = "\nWhat is the magic number for {key}? The magic number for {key} is:"
 LIST_OPENING, LIST_ROW, LIST_QUESTION = '\n{{"numbers": {{', ' "{key}": {value},', ' "{key}":'
 LIST_CLOSING = "}}\nOnce more: {"
 
@@ -175,16 +174,15 @@ def _list(
     rng: np.random.Generator,
     config: ListConfig,
 ) -> Haystack:
-    keys = _distinct_keys(rng, max(length // 6, config.questions))
-    values = [_number(rng, config.value_digits) for _ in keys]
+    keys, values, rows = _rows(tokenizer, length, rng, config)
     head, tail = encode(tokenizer, [LIST_OPENING.format(), LIST_CLOSING])
-    rows = encode(tokenizer, [LIST_ROW.format(key=k, value=v) for k, v in zip(keys, values, strict=True)])
     ends = np.cumsum([len(row) for row in rows])
     # Which keys are asked decides the longest question, so the number of rows is found with the longest of all keys.
     fixed = len(opening) + len(head) + len(tail)
     number = len(rows)
     while True:
-        asked = [int((i + rng.random()) / config.questions * number) for i in range(config.questions)]
+        edges = np.arange(config.questions + 1) * number // config.questions
+        asked = [int(rng.integers(low, high)) for low, high in pairwise(edges)]
         pairs = encode_pairs(tokenizer, [(LIST_QUESTION.format(key=keys[i]), f" {values[i]}") for i in asked])
         room = length - fixed - max(len(q) + len(a) for q, a in pairs)
         fitting = int(np.searchsorted(ends, room, side="right"))
@@ -215,14 +213,33 @@ def _number(rng: np.random.Generator, digits: int) -> str:
     return str(rng.integers(10 ** (digits - 1), 10**digits))
 
 
-def _distinct_keys(rng: np.random.Generator, count: int) -> list[str]:
-    """Single nouns while they last, then pairs of nouns."""
+def _rows(
+    tokenizer: PreTrainedTokenizerBase, length: int, rng: np.random.Generator, config: ListConfig
+) -> tuple[list[str], list[str], list[list[int]]]:
+    """Keys, values and token ids of more rows than fit `length` tokens."""
+    keys: list[str] = []
+    values: list[str] = []
+    rows: list[list[int]] = []
+    supply = _distinct_keys(rng, pairs=length // 6 > len(nouns("eval")))
+    while sum(map(len, rows)) < length:
+        fresh = list(islice(supply, max(config.questions, length // 40)))
+        numbers = [_number(rng, config.value_digits) for _ in fresh]
+        rows += encode(tokenizer, [LIST_ROW.format(key=k, value=v) for k, v in zip(fresh, numbers, strict=True)])
+        keys, values = keys + fresh, values + numbers
+    return keys, values, rows
+
+
+def _distinct_keys(rng: np.random.Generator, *, pairs: bool) -> Iterator[str]:
+    """Nouns in random order, none twice; pairs of nouns when asked for, or when single ones have run out."""
     words = nouns("eval")
-    keys = [str(word) for word in rng.permutation(words)]
-    if count > len(keys):
-        places = rng.choice(len(words) ** 2, size=count - len(keys), replace=False)
-        keys += [f"{words[place // len(words)]} {words[place % len(words)]}" for place in places]
-    return [keys[i] for i in rng.permutation(len(keys))][:count] if count > len(words) else keys[:count]
+    if not pairs:
+        yield from (str(word) for word in rng.permutation(words))
+    seen = set()
+    while True:
+        for first, second in rng.integers(len(words), size=(256, 2)).tolist():
+            if (first, second) not in seen:
+                seen.add((first, second))
+                yield f"{words[first]} {words[second]}"
 
 
 def _sentence_ends(tokenizer: PreTrainedTokenizerBase, filler: np.ndarray) -> np.ndarray:

@@ -22,6 +22,10 @@ from halobench.units import format_length
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LONGEST_TOKEN = (
+    16  # characters a token has at most, on average over a document: text beyond the budget is not tokenised
+)
+
 
 @dataclass(frozen=True)
 class Window:
@@ -55,7 +59,8 @@ def bits_per_byte(
         One metric; n and samples are the documents, length is the window.
     """
     check_context(model, window)
-    windows = _first_rounds(cut_windows(tokenizer, documents, window), max_tokens)
+    within_reach = [text[: LONGEST_TOKEN * max_tokens] for text in documents]
+    windows = _first_rounds(cut_windows(tokenizer, within_reach, window), max_tokens)
     windows.sort(key=lambda w: len(w.ids), reverse=True)
     nats, sizes = np.zeros(len(documents)), np.zeros(len(documents))
     total = sum(len(w.ids) - 1 for w in windows)

@@ -11,7 +11,8 @@ def mean_stderr(values: Sequence[float], clusters: Sequence[int] | None = None) 
     """Mean of `values` and its standard error, robust to samples of one cluster (a haystack, a document) being alike.
 
     The error is the sandwich estimate with its small-sample correction: the root of
-    G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2 over n, for G clusters. Without `clusters` each value is its own. None when there are fewer than two clusters.
+    G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2 over n, for G clusters. Without `clusters` each value is its own.
+    None when there are fewer than two clusters.
     """
     return ratio_stderr(values, np.ones(len(values)), clusters)
 

@@ -38,7 +38,7 @@ def test_items_are_four_different_continuations_of_like_length() -> None:
     assert sum(item.source.startswith("eltec/") for item in items) == 300
     for item in items:
         assert 240 <= len(item.context) <= 400
-        assert item.context.rstrip("\"”’)")[-1] in ".!?"
+        assert item.context.rstrip('"”’)')[-1] in ".!?"
         assert len(set(item.choices)) == 4 and 0 <= item.label < 4
         lengths = [len(choice) for choice in item.choices]
         assert min(lengths) >= 80 and max(lengths) <= 120 and max(lengths) - min(lengths) <= 15
@@ -81,11 +81,15 @@ def test_a_sample_is_built_from_whole_documents_and_again_the_same(tmp_path: Pat
     assert len(read_jsonl(tmp_path / "out" / "train.jsonl.gz")) == 4
     (long,) = read_jsonl(tmp_path / "out" / "heldout_long.jsonl.gz")
     pieces = [d.text for d in read_jsonl(tmp_path / "out" / "heldout.jsonl.gz") if d.id.startswith("eltec/")]
-    assert sum(map(len, pieces)) + len(long.text) > 0.99 * len(read_jsonl(tmp_path / "in" / "novels_pd.heldout_long.jsonl.gz")[0].text)
+    assert sum(map(len, pieces)) + len(long.text) > 0.99 * len(
+        read_jsonl(tmp_path / "in" / "novels_pd.heldout_long.jsonl.gz")[0].text
+    )
     again = build_sample(tmp_path / "in", tmp_path / "again")
     assert sizes == again
     for name in sizes:
-        assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (tmp_path / "again" / f"{name}.jsonl.gz").read_bytes()
+        assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (
+            tmp_path / "again" / f"{name}.jsonl.gz"
+        ).read_bytes()
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:

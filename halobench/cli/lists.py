@@ -33,7 +33,7 @@ def recipes() -> None:
     for name in recipe_names():
         recipe = load_recipe(name, [])
         print(
-            f"{name:<20} {recipe.mixer}, keep {recipe.keep:g} by {recipe.select}, {format_count(recipe.tokens())} tokens"
+            f"{name:<20} {recipe.mixer}, {recipe.keep:g} by {recipe.select}, {format_count(recipe.tokens())} tokens"
         )
 
 

@@ -18,7 +18,7 @@ def profile(
     device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
-    """Prefill tokens/s, time per output token, cache bytes and peak memory; several models take turns in one process."""
+    """Prefill tokens/s, time per output token, cache bytes, peak memory; several models take turns in one process."""
     from halobench.config import to_dict
     from halobench.evaluation import profile_models
     from halobench.units import parse_lengths

@@ -1,7 +1,7 @@
 """Any per-token loss over logits, a chunk of tokens at a time: gradients are made on the way forward.
 
-Only one chunk of logits is alive at any moment, and nothing is computed twice: each chunk's gradient with respect to the
-hidden states and the unembedding is taken at once, and scaled by the incoming gradient later.
+Only one chunk of logits is alive at any moment, and nothing is computed twice: each chunk's gradient with respect to
+the hidden states and the unembedding is taken at once, and scaled by the incoming gradient later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, chunk_loss: Callable[[Tensor, slice], Tensor], chunk: int, hidden_ND: Tensor, *parameters: Tensor
     ) -> Tensor:
         wanted = [p for p in parameters if p.requires_grad]
@@ -40,7 +40,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Any, ...]:
         remaining = iter(ctx.grads)
         found = [(next(remaining) * grad_total).to(p.dtype) if p.requires_grad else None for p in ctx.parameters]
         hidden = None if ctx.grad_hidden is None else ctx.grad_hidden * grad_total.to(ctx.grad_hidden.dtype)

@@ -14,15 +14,15 @@ is a sum of non-positive numbers, taken in fp32: nothing overflows, and bf16 nev
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from halobench.kernels.scalar_decay.step import zero_state
 
-CHUNKS_IN_SUPERBLOCK = (
-    32  # the inter-chunk product grows with its square; at 32 it is a quarter of the chunk's own work
-)
+# The inter-chunk product grows with its square; at 32 it is a quarter of the work within the chunks.
+CHUNKS_IN_SUPERBLOCK = 32
 
 
 def scalar_decay_chunked(
@@ -72,17 +72,15 @@ def _superblocks(tokens: int, chunk: int) -> Iterator[tuple[int, int, int]]:
         yield whole, tokens - whole, tokens - whole
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Decays:
     """Factors of one superblock, broadcastable to (B, H, N, ...); all in [0, 1]."""
 
-    def __init__(
-        self, within_CC: Tensor, from_start_C1: Tensor, to_end_C1: Tensor, between_NN: Tensor, past_N1: Tensor
-    ):
-        self.within_CC = within_CC  # exp(b_i - b_j), zero above the diagonal
-        self.from_start_C1 = from_start_C1  # exp(b_i)
-        self.to_end_C1 = to_end_C1  # exp(b_C - b_j)
-        self.between_NN = between_NN  # chunk m's own sum as it stands at the end of chunk n, zero for m > n
-        self.past_N1 = past_N1  # the superblock's initial state as it stands at the end of chunk n
+    within_CC: Tensor  # exp(b_i - b_j), zero above the diagonal
+    from_start_C1: Tensor  # exp(b_i)
+    to_end_C1: Tensor  # exp(b_C - b_j)
+    between_NN: Tensor  # chunk m's own sum as it stands at the end of chunk n, zero for m > n
+    past_N1: Tensor  # the superblock's initial state as it stands at the end of chunk n
 
 
 def _constant_decays(log_decay_H: Tensor, chunks: int, chunk: int, dtype: torch.dtype) -> _Decays:

@@ -38,13 +38,15 @@ class Question:
 class Ranking:
     """A selector's answer.
 
-    layers: the kept layers, ascending, 0-based. scores: one per layer, higher is kept first. stderr: of each score.
+    layers: the kept layers, ascending, 0-based. ranking: all layers, best first. scores: one per layer, higher is kept
+    first. stderr: of each score.
     membership: share of bootstrap resamples in which each layer is kept. cost_tokens: spent to get the scores.
     """
 
     method: str
     label: str
     layers: list[int]
+    ranking: list[int]
     scores: list[float]
     stderr: list[float] | None
     membership: list[float] | None
@@ -68,9 +70,14 @@ class Selector(Protocol):
         ...
 
 
+def order(scores: np.ndarray) -> list[int]:
+    """All layers, the largest score first; of equal scores the lower layer goes first."""
+    return [int(i) for i in np.argsort(-scores, kind="stable")]
+
+
 def top(scores: np.ndarray, keep: int) -> list[int]:
-    """The `keep` layers with the largest scores, ascending; of equal scores the lower layer goes first."""
-    return sorted(int(i) for i in np.argsort(-scores, kind="stable")[:keep])
+    """The `keep` layers with the largest scores, ascending."""
+    return sorted(order(scores)[:keep])
 
 
 def membership(resampled: np.ndarray, keep: int) -> list[float]:

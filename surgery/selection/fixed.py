@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from halobench.errors import UserError
+from halobench.surgery.plan import kept_layers
 from halobench.surgery.selection.contract import Need, Question, Ranking
 
 
@@ -23,6 +24,7 @@ class _Fixed:
             method=self.name,
             label=self.label,
             layers=layers,
+            ranking=[*layers, *(i for i in range(question.layers) if i not in layers)],
             scores=[float(i in layers) for i in range(question.layers)],
             stderr=None,
             membership=None,
@@ -31,14 +33,17 @@ class _Fixed:
 
 
 class Even(_Fixed):
-    """The layer in the middle of each of `keep` equal parts: no end of the stack is favoured, whatever the phase."""
+    """The last layer of each of `keep` equal parts (3, 7, 11, ... for a quarter), as most hybrids place theirs.
+
+    The phase matters, and papers differ in it.
+    """
 
     name = "even"
     label = "even"
     paper = "https://arxiv.org/abs/2408.15237"
 
     def _choose(self, question: Question) -> list[int]:
-        return [int((2 * i + 1) * question.layers / (2 * question.keep)) for i in range(question.keep)]
+        return list(kept_layers(question.keep, question.layers))
 
 
 class Random(_Fixed):

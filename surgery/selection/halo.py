@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from halobench.surgery.selection.contract import Need, Question, Ranking, membership, top
+from halobench.surgery.selection.contract import Need, Question, Ranking, membership, order, top
 from halobench.surgery.selection.evidence import Evidence
 
 RESAMPLES = 400
@@ -13,8 +13,8 @@ RESAMPLES = 400
 def halo_scores(recall: np.ndarray, csr: np.ndarray, eps: float, cap: float | None) -> np.ndarray:
     """s_i = (max_j R_j - R_i) / (max_j C_j - C_i + eps), the maxima over replaced models (arXiv 2601.22156, section 3).
 
-    The denominator is a difference within noise, and the layer with the largest C always comes first: the method's known
-    fault, kept here because this is the faithful form. `cap` limits the score, as the released code does (50).
+    The denominator is a difference within noise, and the layer with the largest C always comes first: the method's
+    known fault, kept here because this is the faithful form. `cap` limits the score, as the released code does (50).
     """
     scores = (recall.max(-1, keepdims=True) - recall) / (csr.max(-1, keepdims=True) - csr + eps)
     return scores if cap is None else np.minimum(scores, cap)
@@ -40,6 +40,7 @@ class _OfReplacements:
             method=self.name,
             label=self.label,
             layers=top(scores, question.keep),
+            ranking=order(scores),
             scores=[float(s) for s in scores],
             stderr=None if resampled is None else [float(s) for s in resampled.std(0, ddof=1)],
             membership=None if resampled is None else membership(resampled, question.keep),
@@ -62,10 +63,10 @@ class Halo(_OfReplacements):
 
 
 class RecallDrop(_OfReplacements):
-    """s_i = R_teacher - R_i: what HALO's paper runs under the name Jet-Nemotron."""
+    """s_i = R_teacher - R_i: what HALO's paper runs under the name Jet-Nemotron, whose own search it is not."""
 
     name = "jet-nemotron"
-    label = "recall drop (Jet-Nemotron in HALO's paper)"
+    label = "recall drop"
     paper = "https://arxiv.org/abs/2508.15884"
 
     def _score(self, recall: np.ndarray, csr: np.ndarray, teacher: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from halobench.surgery.selection.contract import Need, Question, Ranking, membership, top
+from halobench.surgery.selection.contract import Need, Question, Ranking, membership, order, top
 
 RESAMPLES = 400
 
@@ -32,6 +32,7 @@ class KlRestore:
             method=self.name,
             label=self.label,
             layers=top(-kl, question.keep),
+            ranking=order(-kl),
             scores=[float(-x) for x in kl],
             stderr=None if errors is None else [float(e) for e in errors],
             membership=share,

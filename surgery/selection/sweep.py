@@ -5,6 +5,8 @@ One carrier model holds the teacher's weights; aligned mixers are put into its l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +89,7 @@ def _brief(what: str, measured: dict[str, Measured]) -> str:
 
 @torch.inference_mode()
 def sequence_kl(student: Any, targets: list[tuple[Tensor, Tensor]], teacher: Any, chunk: int = 1024) -> list[float]:
-    """KL(teacher || student) in nats per token of each sequence; `targets` are (tokens (1, T), teacher hidden (T, D))."""
+    """KL(teacher || student) in nats per token of each sequence; `targets`: (tokens (1, T), teacher hidden (T, D))."""
     values = []
     for tokens, target in targets:
         hidden = final_hidden(student, tokens).flatten(0, 1)
@@ -101,21 +103,36 @@ def sequence_kl(student: Any, targets: list[tuple[Tensor, Tensor]], teacher: Any
 
 
 def sweep_restorations(
-    carrier: Any, mixers: dict[int, Mixer], data: Mixture, *, sequences: int, length: int, first: int
+    teacher: Any,
+    layers: list[int],
+    restored: Callable[[int], AbstractContextManager[Any]],
+    data: Mixture,
+    *,
+    sequences: int,
+    length: int,
+    first: int,
 ) -> tuple[list[Restored], int]:
-    """KL of the aligned all-linear student with softmax given back in one layer at a time, nothing retrained."""
-    device = next(carrier.parameters()).device
+    """KL to the teacher of the all-linear student with softmax given back in one layer at a time.
+
+    Args:
+        restored: gives, for a layer, the student with softmax there: swapped in place, or re-distilled.
+        first: place in the data stream of the sequences that KL is measured on.
+
+    Returns:
+        (one entry per layer, tokens processed in measuring)
+    """
+    device = next(teacher.parameters()).device
     targets = []
     with torch.inference_mode():
         for index in range(sequences):
             tokens = torch.from_numpy(data.sequence(first + index, length).tokens)[None].to(device)
-            targets.append((tokens, final_hidden(carrier, tokens).flatten(0, 1)))
+            targets.append((tokens, final_hidden(teacher, tokens).flatten(0, 1)))
     rows = []
-    with Progress("restore", len(mixers), unit="models", every=10.0) as progress:
-        for layer in sorted(mixers):
-            with swapped(carrier, {i: m for i, m in mixers.items() if i != layer}):
-                values = sequence_kl(carrier, targets, carrier)
+    with Progress("restore", len(layers), unit="models", every=10.0) as progress:
+        for layer in layers:
+            with restored(layer) as student:
+                values = sequence_kl(student, targets, teacher)
             kl, stderr = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
             rows.append(Restored(layer=layer, kl=kl, stderr=stderr))
             progress.advance(1, f"layer {layer}: KL {kl:.3f} ±{stderr:.3f}")
-    return rows, sequences * length * (len(mixers) + 1)
+    return rows, sequences * length * (len(layers) + 1)

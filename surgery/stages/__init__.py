@@ -1,0 +1,1 @@
+"""The stages of a conversion: what trains in each, and its loss."""

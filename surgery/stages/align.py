@@ -1,6 +1,7 @@
-"""Stage 1, hidden-state alignment: the RNN mixer of every layer learns its attention's output, fed the teacher's input.
+"""Stage 1, hidden-state alignment: the RNN mixer of each layer learns its attention's output.
 
-Layers do not see one another's errors: each mixer gets the teacher's own hidden state, and the teacher's output goes on.
+Layers do not see one another's errors: each mixer gets the teacher's own hidden state, and what goes on is the
+teacher's output.
 """
 
 from __future__ import annotations

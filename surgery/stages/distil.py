@@ -13,7 +13,7 @@ from halobench.surgery.stages.language import embedding_ids
 
 
 class Distillation:
-    """Objective: mean over all tokens of KL(teacher || student). The teacher is frozen and never saved with the student.
+    """Objective: mean over all tokens of KL(teacher || student). The teacher is frozen and not saved.
 
     Args:
         student: trains whole.

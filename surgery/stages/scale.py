@@ -1,4 +1,4 @@
-"""The scale a of s_t = log_a(t + a): found after training, on documents longer than the training length (HALO, section 1)."""
+"""The scale a of s_t = log_a(t + a): found after training, on text longer than the training length (HyPE)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from halobench.surgery.planted import Mixture
 class ScaleSearch(Protocol):
     """What the search is told; see the recipe."""
 
-    candidates: list[float]
-    length: int
-    sequences: int
+    @property
+    def candidates(self) -> list[float]: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def sequences(self) -> int: ...
 
 
 @dataclass(frozen=True)
