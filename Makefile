@@ -6,7 +6,7 @@ TEST_STAMP := $(VENV)/.installed-tests
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format docs clean
 
 demo: $(STAMP)
 	$(VENV)/bin/halobench demo -o runs/demo
@@ -25,6 +25,11 @@ lint: $(TEST_STAMP)
 format: $(TEST_STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Rewrites the generated sections of README.md and docs/demo from the committed records.
+docs: $(STAMP)
+	$(VENV)/bin/halobench report benchmarks/demo -o docs/demo
+	$(VENV)/bin/python -m halobench.documents
 
 # torch goes first and alone: an open range would pull gigabytes of CUDA packages onto a machine without a GPU.
 $(STAMP): pyproject.toml constraints.txt

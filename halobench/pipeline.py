@@ -60,13 +60,21 @@ class Conversion:
         where = Path(resolve(teacher))
         self.teacher_hash = model_hash(where) if where.is_dir() else teacher
         identity = {"teacher": self.teacher_hash, "recipe": to_dict(recipe), "layers": list(given) if given else None}
+        self._check()
         self.team = Team.join()
         if self.team.leads:
-            self.run = RunFolder(folder, identity, teacher)
+            RunFolder(folder, identity, teacher)
         self.team.wait()
-        if not self.team.leads:
-            self.run = RunFolder(folder, identity, teacher)
+        self.run = RunFolder(folder, identity, teacher)
         self.base = self._aligned_run(aligned, identity) if aligned is not None else self.run
+
+    def _check(self) -> None:
+        """Raises UserError for what can be known to be wrong before anything is written."""
+        from halobench.surgery.corpus import source_files
+        from halobench.surgery.plan import kept_layers
+
+        kept_layers(list(self.given) if self.given else self.recipe.keep, self.layers)
+        source_files(self.recipe.data)
 
     def _aligned_run(self, path: Path, identity: dict[str, Any]) -> RunFolder:
         if not (path / "run.json").exists():

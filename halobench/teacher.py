@@ -13,6 +13,7 @@ from halobench.config import from_dict, read_yaml, write_yaml
 from halobench.errors import UserError
 from halobench.files import atomic_path, write_json, write_text
 from halobench.progress import say
+from halobench.provenance import file_hash
 from halobench.surgery.loop import Loop, LoopConfig
 from halobench.surgery.parallel import Team
 
@@ -145,7 +146,7 @@ def train(recipe: TeacherRecipe, data: str, folder: Path, *, device: str = "cpu"
         if team.leads:
             say(f"{stage.name}: loss {result.first_loss:.3f} -> {result.last_loss:.3f}, {result.seconds:.0f} s")
     if team.leads:
-        _finish(model, tokenizer, recipe, data, folder)
+        _finish(model, tokenizer, recipe, files, folder)
     team.wait()
     return folder / "model"
 
@@ -163,9 +164,13 @@ def _tokenizer(recipe: TeacherRecipe, files: list[Path], folder: Path, team: Tea
 
 
 def _finish(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: TeacherRecipe, data: str, folder: Path
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: TeacherRecipe,
+    files: list[Path],
+    folder: Path,
 ) -> None:
-    """Writes the model in bf16, with the tokenizer and the recipe that made it."""
+    """Writes the model in bf16, with the tokenizer, the recipe that made it and the hashes of its text."""
     import copy
 
     import torch
@@ -177,4 +182,4 @@ def _finish(
         finished.save_pretrained(path)
         tokenizer.save_pretrained(path)
         write_text(path / "recipe.yaml", write_yaml(recipe))
-        write_json(path / "data.json", {"source": Path(data).name})
+        write_json(path / "data.json", [{"file": file.name, "sha256": file_hash(file)} for file in files])

@@ -70,6 +70,16 @@ def write_leaderboard(
     return path
 
 
+def short_leaderboard(records: Sequence[RunRecord], seed: int = 0) -> str:
+    """Tables and statements alone, without plots and notes, to stand inside another document."""
+    parts = []
+    for group in leaderboard_groups(records):
+        made = compare(group.rows, _targets(columns(group)), seed=seed)
+        found = statements(group, made, seed)
+        parts += [_table(group, made), "\n".join(f"- {line}" for line in found)]
+    return "\n\n".join(part for part in parts if part)
+
+
 def _opening(groups: Sequence[Group]) -> str:
     hybrids = sum(len(group.hybrids) for group in groups)
     counted = f"{hybrids} hybrid{'s' * (hybrids != 1)} of {len(groups)} teacher{'s' * (len(groups) != 1)}"

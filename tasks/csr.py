@@ -100,28 +100,29 @@ def run_lm_eval(
         UserError: an unknown task, with the nearest name, or a file that is missing.
         HalobenchError: a dataset that cannot be fetched.
     """
-    with _quiet(), _random_state_kept():
+    from halobench.tasks.scoring import evaluating
+
+    with _quiet(), _random_state_kept(seed), evaluating(model):
         import lm_eval
         from lm_eval.tasks import TaskManager
 
         offline = TaskManager(include_path=str(OUR_TASKS), include_defaults=False, metadata={"seed": seed})
         loaded = _load(tasks, data_dir, offline, manager)
-        results = lm_eval.simple_evaluate(
-            model=_wrapped(model, tokenizer, batch_size, max_length),
-            tasks=loaded,
+        # Not simple_evaluate, which does this too and then spends seconds asking pip and nvidia-smi about the machine.
+        for task in loaded.values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=seed)
+        results = lm_eval.evaluate(
+            lm=_wrapped(model, tokenizer, batch_size, max_length),
+            task_dict={"tasks": loaded},
             limit=limit,
-            task_manager=offline,
             bootstrap_iters=1000,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
         )
         if results is None:
             raise HalobenchError("lm-eval gave no results on this process; run it on one process")
-        known = {task.task_name: task for task in loaded}  # draws from a global generator, whatever for
-        table = [(name, row) for name, row in results["results"].items() if name in known]
-        return [metric for name, row in table for metric in _metrics(suite, name, known[name], row, results)]
+        table = [(name, row) for name, row in results["results"].items() if name in loaded]
+        return [metric for name, row in table for metric in _metrics(suite, name, loaded[name], row, results)]
 
 
 def _wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int) -> Any:
@@ -133,24 +134,23 @@ def _wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_s
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
-    was_training = model.training
-    wrapped = QuietLM(
+    return QuietLM(
         pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length
     )
-    model.train(was_training)
-    return wrapped
 
 
-def _load(names: Sequence[str], data_dir: Path | None, offline: TaskManager, manager: TaskManager | None) -> list[Task]:
-    tasks: list[Task] = []
+def _load(
+    names: Sequence[str], data_dir: Path | None, offline: TaskManager, manager: TaskManager | None
+) -> dict[str, Task]:
+    tasks: dict[str, Task] = {}
     for name in names:
         if name == OFFLINE_TASK:
-            tasks += offline.load([name])["tasks"].values()
+            tasks |= offline.load([name])["tasks"]
         elif data_dir is not None and name in LOCAL_TASKS:
-            tasks.append(local_task(name, data_dir))
+            tasks[name] = local_task(name, data_dir)
         else:
             manager = manager or default_manager()
-            tasks += _hub_tasks(name, manager)
+            tasks |= _hub_tasks(name, manager)
     return tasks
 
 
@@ -185,13 +185,13 @@ def _data_file(name: str, data_dir: Path, file: str) -> Path:
     raise UserError(f"task {name} needs {file}, which is not in {data_dir / 'eval'}; check the data folder")
 
 
-def _hub_tasks(name: str, manager: TaskManager) -> list[Task]:
+def _hub_tasks(name: str, manager: TaskManager) -> dict[str, Task]:
     if name not in manager.all_tasks:
         near = get_close_matches(name, [*manager.all_tasks, OFFLINE_TASK], n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"unknown lm-eval task {name!r}; {hint}`lm-eval ls tasks` lists all of them")
     try:
-        return list(manager.load([name])["tasks"].values())
+        return dict(manager.load([name])["tasks"])
     except Exception as error:
         offer = "give a data folder that has its files (--data-dir)" if name in LOCAL_TASKS else "check the network"
         raise HalobenchError(
@@ -257,23 +257,27 @@ def _margin(suite: str, name: str, task: Any, items: Sequence[dict[str, Any]]) -
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's own messages below errors are about choices made here on purpose."""
+    """Keeps lm-eval's messages below errors to itself, and what it prints away from stdout, which is for results."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         logger.setLevel(level)
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """lm-eval seeds the global generators; whoever called us gets theirs back."""
+def _random_state_kept(seed: int) -> Iterator[None]:
+    """Seeds the global generators, which lm-eval draws from; whoever called us gets theirs back."""
     import torch
 
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         try:
             yield
         finally:

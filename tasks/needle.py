@@ -177,7 +177,7 @@ def _list(
     keys, values, rows = _rows(tokenizer, length, rng, config)
     head, tail = encode(tokenizer, [LIST_OPENING.format(), LIST_CLOSING])
     ends = np.cumsum([len(row) for row in rows])
-    # Which keys are asked decides the longest question, so the number of rows is found with the longest of all keys.
+    # The keys that are asked decide how long the longest question is, and so how many rows fit: fewer until they do.
     fixed = len(opening) + len(head) + len(tail)
     number = len(rows)
     while True:

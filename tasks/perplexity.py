@@ -15,16 +15,14 @@ import torch
 from halobench.errors import UserError
 from halobench.progress import Progress
 from halobench.records import Metric
-from halobench.tasks.scoring import LOGIT_ELEMENTS, check_context, evaluating, token_logprobs
+from halobench.tasks.scoring import LOGIT_ELEMENTS, check_context, check_finite, evaluating, token_logprobs
 from halobench.tasks.statistics import ratio_stderr
 from halobench.units import format_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LONGEST_TOKEN = (
-    16  # characters a token has at most, on average over a document: text beyond the budget is not tokenised
-)
+LONGEST_TOKEN = 16  # characters; no text is so dense that its tokens are longer on average
 
 
 @dataclass(frozen=True)
@@ -142,4 +140,5 @@ def _nats(model: PreTrainedModel, windows: Sequence[Window], device: str | torch
         targets = ids[:, start + 1 : stop + 1].to(output.logits.device)
         chosen, _ = token_logprobs(output.logits, targets)
         total -= (chosen.cpu() * (torch.arange(start, stop) < lengths)).sum(1)
+    check_finite(total.numpy(), f"in a window of {width} tokens")
     return total.numpy()

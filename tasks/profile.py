@@ -134,11 +134,23 @@ def profile_pair(
     names: tuple[str, str] = ("teacher", "hybrid"),
 ) -> list[PairRow]:
     """Both models in one process, round by round in turns; see `profile_model`."""
-    pairs = []
-    for context in _checked([teacher, hybrid], contexts, new_tokens):
-        models = list(zip(names, (teacher, hybrid), strict=True))
-        pairs.append(_pair(*_rows(models, context, batch, new_tokens, repeats, chunk)))
-    return pairs
+    models = list(zip(names, (teacher, hybrid), strict=True))
+    rows = profile_together(models, contexts, batch=batch, new_tokens=new_tokens, repeats=repeats, chunk=chunk)
+    return [_pair(*of_context) for of_context in rows]
+
+
+def profile_together(
+    models: Sequence[tuple[str, PreTrainedModel]],
+    contexts: Sequence[int],
+    *,
+    batch: int = 1,
+    new_tokens: int = 16,
+    repeats: int = 3,
+    chunk: int = CHUNK,
+) -> list[list[ProfileRow]]:
+    """Named models in one process, round by round in turns: for each context, ascending, a row a model."""
+    checked = _checked([model for _, model in models], contexts, new_tokens)
+    return [_rows(models, context, batch, new_tokens, repeats, chunk) for context in checked]
 
 
 def _checked(models: Sequence[PreTrainedModel], contexts: Sequence[int], new_tokens: int) -> list[int]:

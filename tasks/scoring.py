@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from halobench.errors import UserError
+from halobench.errors import HalobenchError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -182,6 +182,7 @@ def score_prompts(
         for group in _batches(prompts, batch_tokens, model.config.get_text_config(decoder=True).vocab_size):
             batch = [prompts[i] for i in group]
             scores, hits = _score_batch(model, batch, batch_tokens, chunk, torch.device(device or model.device))
+            check_finite(scores, f"behind {len(batch[0].prefix)} tokens")
             for row, index in enumerate(group):
                 logprob[index], greedy[index] = scores[row], hits[row]
             endings = sum(len(tail.ids) for prompt in batch for tail in prompt.tails)
@@ -253,6 +254,14 @@ def _score_tails(
     starts, ends = (torch.tensor([f(t) for t in tails])[:, None] for f in (lambda t: t.start, lambda t: len(t.ids)))
     scored = ((place >= starts) & (place < ends)).to(chosen.device)
     return (chosen * scored).sum(1).cpu().numpy(), (best | ~scored).all(1).cpu().numpy().astype(np.float64)
+
+
+def check_finite(values: np.ndarray, where: str) -> None:
+    """Refuses NaN and infinity: they are a broken model, not a bad score."""
+    if not np.isfinite(values).all():
+        raise HalobenchError(
+            f"the model's log-likelihoods {where} are not finite; its weights or its dtype are at fault"
+        )
 
 
 def token_logprobs(logits_RTV: torch.Tensor, targets_RT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

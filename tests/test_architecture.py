@@ -16,7 +16,19 @@ MAY_IMPORT = {
     "reports": {"shelf"},
     "top": {"shelf", "top", *ROOMS},
 }
-SHELF = {"errors", "registry", "config", "records", "provenance", "files", "units", "progress", "assets", "__init__", "__version__"}
+SHELF = {
+    "errors",
+    "registry",
+    "config",
+    "records",
+    "provenance",
+    "files",
+    "units",
+    "progress",
+    "assets",
+    "__init__",
+    "__version__",
+}
 
 
 def room_of(module: str) -> str:

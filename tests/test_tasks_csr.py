@@ -69,6 +69,12 @@ def test_the_callers_random_state_and_mode_are_left_alone(reader, bpe) -> None: 
     assert states() == before and reader.training
 
 
+def test_a_model_in_training_is_judged_without_its_dropout(pico, bpe) -> None:  # type: ignore[no-untyped-def]
+    model = pico(vocab_size=len(bpe), max_position_embeddings=4096, attention_dropout=0.5)
+    still = run(model, bpe, ["tiny_continuation"], limit=3)
+    assert run(model.train(), bpe, ["tiny_continuation"], limit=3) == still
+
+
 @needs_data
 def test_every_local_task_runs_on_its_real_file(reader, bpe) -> None:  # type: ignore[no-untyped-def]
     found = run(reader, bpe, list(LOCAL_TASKS), limit=4, data_dir=DATA)

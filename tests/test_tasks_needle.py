@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halobench.assets import TEXT_LONG
-from halobench.errors import UserError
+from halobench.errors import HalobenchError, UserError
 from halobench.surgery.planted import SEPARATORS, TEMPLATES, nouns
 from halobench.tasks import needle
 from halobench.tasks.needle import (
@@ -195,6 +195,13 @@ def test_learned_positions_have_a_hard_end_and_rotary_ones_none(pico, bpe, fille
     with pytest.raises(UserError, match="gpt2 has a table of 128 positions and cannot read 300 tokens"):
         score_haystacks(pico("gpt2", vocab_size=len(bpe), max_position_embeddings=128), haystacks)
     assert np.isfinite(score_haystacks(pico(vocab_size=len(bpe), max_position_embeddings=128), haystacks).logprob).all()
+
+
+def test_a_broken_model_is_an_error_and_not_a_score(reader, bpe, filler) -> None:  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        reader.lm_head.weight[5] = float("nan")
+    with pytest.raises(HalobenchError, match="log-likelihoods behind .* tokens are not finite"):
+        score_haystacks(reader, build_haystacks(bpe, filler, 260, 1, 0))
 
 
 def test_a_beginning_of_text_token_opens_the_context_and_counts(bpe, filler) -> None:  # type: ignore[no-untyped-def]

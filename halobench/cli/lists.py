@@ -32,9 +32,7 @@ def recipes() -> None:
 
     for name in recipe_names():
         recipe = load_recipe(name, [])
-        print(
-            f"{name:<20} {recipe.mixer}, {recipe.keep:g} by {recipe.select}, {format_count(recipe.tokens())} tokens"
-        )
+        print(f"{name:<20} {recipe.mixer}, {recipe.keep:g} by {recipe.select}, {format_count(recipe.tokens())} tokens")
 
 
 def mixers() -> None:

@@ -1,0 +1,86 @@
+"""Keeps documents true: the file tree comes from the modules' docstrings, tables from the committed records.
+
+`make docs` rewrites the sections; a test fails when they are stale.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+from halobench.assets import TINY_TEACHER
+from halobench.records import find_records
+from halobench.reports.readme import section_is_stale, update_section
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks" / "demo"
+TEACHER_RECORDS = ROOT / "benchmarks" / "teacher"
+ROOMS = ("halobench", "surgery", "mixers", "kernels", "tasks", "reports")
+
+
+def tree() -> str:
+    """Every module with the first sentence of its docstring, as a code block."""
+    lines = []
+    for room in ROOMS:
+        lines.append(f"{room}/")
+        folder = ROOT / room
+        for path in sorted(folder.rglob("*.py"), key=lambda p: (len(p.relative_to(folder).parts) > 1, str(p))):
+            inside = path.relative_to(folder)
+            if path.name == "__init__.py" or any((folder / p).is_symlink() for p in list(inside.parents)[:-1]):
+                continue
+            lines.append(f"  {str(inside):<30} {_phrase(path)}")
+    return "```\n" + "\n".join(lines) + "\n```"
+
+
+def _phrase(path: Path) -> str:
+    """The first sentence of a module's docstring, without its full stop, on one line."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first = " ".join(text.split("\n\n")[0].split())
+    for end in (". ", ": "):
+        first = first.split(end)[0]
+    return first.rstrip(".")
+
+
+def leaderboard() -> str:
+    """The leaderboard of the committed demo: its table and what the numbers say, without footnotes."""
+    from halobench.reports.leaderboard import short_leaderboard
+
+    return short_leaderboard(find_records(RECORDS))
+
+
+def teacher_metrics() -> str:
+    """What the embedded teacher was measured at, as a table."""
+    from halobench.reports.table import number, render
+    from halobench.units import format_length
+
+    record = find_records(TEACHER_RECORDS)[0]
+    rows = []
+    for m in record.metrics:
+        length = format_length(m.length) if m.length else ""
+        rows.append([f"{m.suite} {m.task}", m.metric, length, number(m.value, m.stderr, 3), str(m.n)])
+    return render(["task", "metric", "tokens", "value ± standard error", "samples"], rows, text_columns=3)
+
+
+def sections() -> list[tuple[Path, str, str]]:
+    """Generated sections: the file, the name of the section, and the text it must hold."""
+    readme, card = ROOT / "README.md", TINY_TEACHER / "README.md"
+    return [
+        (readme, "tree", tree()),
+        (readme, "leaderboard", leaderboard()),
+        (card, "metrics", teacher_metrics()),
+    ]
+
+
+def stale() -> list[str]:
+    """Sections that are not what they should be."""
+    return [f"{path.name}: {name}" for path, name, text in sections() if section_is_stale(path, name, text)]
+
+
+def refresh() -> None:
+    """Rewrites the generated sections."""
+    for path, name, text in sections():
+        update_section(path, name, text)
+
+
+if __name__ == "__main__":
+    refresh()
