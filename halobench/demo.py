@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from halobench.evaluation import EvalRequest, evaluate_model, profile_models
@@ -23,9 +26,9 @@ if TYPE_CHECKING:
     from halobench.surgery.selection import Ranking
 
 METHODS = ["halo", "kl-ls", "jet-nemotron", "even", "random"]
-LENGTHS = (512, 1024, 2048, 4096, 8192)
+LENGTHS = (512, 1024, 2048, 4096, 8192)  # to sixteen times the teacher's training length
 CONTEXTS = [512, 8192]
-REQUEST = EvalRequest(suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 240), ("niah", 16), ("ppl", 24)))
+REQUEST = EvalRequest(suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 240), ("niah", 16), ("ppl", 16)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,22 +47,25 @@ class Variant:
 
 def run_demo(folder: Path, recipe: Recipe, workers: int | None) -> Path:
     """Runs everything in `folder`, resuming what is there; returns the leaderboard's path."""
-    from halobench.pipeline import Conversion
     from halobench.reports import write_report
 
     started = time.monotonic()
-    base = Conversion("tiny", recipe, folder / "base", device="cpu")
-    teacher = card_of("tiny", base.teacher)
-    say(f"teacher: tiny, {teacher.layers} layers, {teacher.parameters:,} parameters")
-    base.align()
-    rankings = base.rank(METHODS)
-    _record_selection(base, rankings, folder)
-    for r in rankings:
-        sure = "" if r.membership is None else f" (bootstrap: {', '.join(f'{r.membership[i]:.0%}' for i in r.layers)})"
-        say(f"select: {r.label} keeps {r.layers}{sure}")
-    variants = plan_variants(rankings)
-    say(f"convert: {len(variants)} students for {len(rankings)} selectors and the RoPE contrast; equal choices share")
-    _side_by_side(variants, recipe, folder, workers or max(1, len(os.sched_getaffinity(0))))
+    base = _base(folder, recipe)
+    say(f"teacher: tiny, {base.layers} layers, {card_of('tiny', base.teacher).parameters:,} parameters")
+    with Crew(workers or max(1, len(os.sched_getaffinity(0)))) as crew:
+        if base.run.note("align") is None:
+            port = _free_port()
+            crew.do([(_align, folder, recipe, rank, crew.size, port) for rank in range(crew.size)])
+        if not (folder / "base" / "select" / "evidence.json").exists():
+            parts: list[list[int | None]] = [[], *([] for _ in range(crew.size - 1))]
+            for place, layer in enumerate([None, *range(base.layers)]):
+                parts[place % crew.size].append(layer)
+            crew.do([(_measure, folder, recipe, part) for part in parts])
+        rankings = base.rank(METHODS)
+        _record_selection(base, rankings, folder)
+        variants = plan_variants(rankings)
+        say(f"convert: {len(variants)} students for {len(rankings)} selectors and the RoPE contrast")
+        crew.do([*((_convert, v, recipe, folder) for v in variants), (_evaluate_teacher, folder)])
     say("profile: teacher and students take turns, the machine otherwise idle")
     profile_models(["tiny", *(str(folder / v.name) for v in variants)], CONTEXTS, folder / "profile", "cpu")
     paths = write_report([folder], folder)
@@ -82,38 +88,35 @@ def plan_variants(rankings: list[Ranking]) -> list[Variant]:
     return [*variants, Variant(name="rope-" + "-".join(map(str, halo.layers)), credit=(halo,), hype=False)]
 
 
-def _record_selection(base: Conversion, rankings: list[Ranking], folder: Path) -> None:
-    keep = len(rankings[0].layers)
-    RunRecord(
-        kind="select",
-        model=card_of(base.teacher_name, base.teacher),
-        details={"selection": {"keep": keep, "methods": {r.method: r.to_json() for r in rankings}}},
-        backends={"device": base.device},
-    ).save(folder / "selection.record.json")
+class Crew:
+    """Processes of one thread that take jobs. Ctrl-C reaches the parent alone, which asks them to save and stop."""
 
+    def __init__(self, size: int) -> None:
+        self.size = size
 
-def _side_by_side(variants: list[Variant], recipe: Recipe, folder: Path, workers: int) -> None:
-    """Converts and evaluates in several processes of one thread each; the teacher's own evaluation is one more job."""
-    jobs: list[tuple[Any, ...]] = [(_convert_and_evaluate, variant, recipe, folder) for variant in variants]
-    jobs.append((_evaluate_teacher, folder))
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
-        futures: list[Future[str]] = [pool.submit(*job) for job in jobs]
-        try:
-            for future in as_completed(futures):
-                say(future.result())
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in pool._processes.values():
+    def __enter__(self) -> Crew:
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
+        self._pool = ProcessPoolExecutor(self.size, mp_context=get_context("spawn"), initializer=_start_worker)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del os.environ["OMP_NUM_THREADS"]
+        if kind is not None:
+            for process in list((self._pool._processes or {}).values()):
                 process.terminate()
-            raise
-        finally:
-            del os.environ["OMP_NUM_THREADS"]
+        self._pool.shutdown(cancel_futures=True)
+
+    def do(self, jobs: list[tuple[Callable[..., str | None], Any]] | list[tuple[Any, ...]]) -> None:
+        """Runs the jobs and says what each has to say, as they end; the first failure ends all."""
+        for future in as_completed([self._pool.submit(*job) for job in jobs]):
+            said = future.result()
+            if said:
+                say(said)
 
 
 def _start_worker() -> None:
-    """Ctrl-C reaches the parent alone, which asks the workers to save and stop by SIGTERM."""
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -121,7 +124,41 @@ def _start_worker() -> None:
     torch.set_num_threads(1)
 
 
-def _convert_and_evaluate(variant: Variant, recipe: Recipe, folder: Path) -> str:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _base(folder: Path, recipe: Recipe) -> Conversion:
+    """The run whose alignment and sweep all conversions share."""
+    from halobench.pipeline import Conversion
+
+    return Conversion("tiny", recipe, folder / "base", device="cpu")
+
+
+def _align(folder: Path, recipe: Recipe, rank: int, size: int, port: int) -> None:
+    """One process of those that share the alignment's batches."""
+    import torch.distributed as dist
+
+    place = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    try:
+        _base(folder, recipe).align()
+    finally:
+        for name in place:
+            del os.environ[name]
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _measure(folder: Path, recipe: Recipe, layers: list[int | None]) -> None:
+    from halobench.evidence import measure
+
+    measure(_base(folder, recipe), folder / "base" / "select", layers)
+
+
+def _convert(variant: Variant, recipe: Recipe, folder: Path) -> str:
     from halobench.pipeline import Conversion
 
     label_lines(variant.name)
@@ -141,6 +178,24 @@ def _convert_and_evaluate(variant: Variant, recipe: Recipe, folder: Path) -> str
 def _evaluate_teacher(folder: Path) -> str:
     label_lines("teacher")
     return _headline(evaluate_model("tiny", folder / "eval", REQUEST, "cpu"))
+
+
+def _record_selection(base: Conversion, rankings: list[Ranking], folder: Path) -> None:
+    """Writes the record of all selectors' answers, and tells them."""
+    keep = len(rankings[0].layers)
+    RunRecord(
+        kind="select",
+        model=card_of(base.teacher_name, base.teacher),
+        details={"selection": {"keep": keep, "methods": {r.method: r.to_json() for r in rankings}}},
+        backends={"device": base.device},
+    ).save(folder / "selection.record.json")
+    for r in rankings:
+        sure = (
+            ""
+            if r.membership is None
+            else f" (in {', '.join(f'{r.membership[i]:.0%}' for i in r.layers)} of resamples)"
+        )
+        say(f"select: {r.label} keeps {r.layers}{sure}")
 
 
 def _headline(record: RunRecord) -> str:

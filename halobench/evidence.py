@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from halobench.progress import say
 from halobench.surgery.selection.contract import Need
 from halobench.surgery.selection.evidence import Evidence, read_evidence
-from halobench.surgery.selection.sweep import Measured, Probe, sweep_replacements, sweep_restorations
+from halobench.surgery.selection.sweep import (
+    Measured,
+    Probe,
+    collect_replacements,
+    measure_replacements,
+    sweep_restorations,
+)
 from halobench.surgery.transplant import swapped
 
 if TYPE_CHECKING:
@@ -101,22 +107,28 @@ def _carrier(conversion: Conversion) -> Any:
     return carrier.to(conversion.device).eval()
 
 
-def _replacements(conversion: Conversion, folder: Path) -> Evidence:
-    recipe, config = conversion.recipe, conversion.recipe.selection
-    mixers = conversion.mixers()
+def measure(conversion: Conversion, folder: Path, layers: list[int | None]) -> None:
+    """Measures some of the single replacements (None: the teacher itself) of an aligned run into `folder`."""
+    config = conversion.recipe.selection
     tasks = probes(
         conversion.tokenizer,
         length=config.length,
         haystacks=config.haystacks,
         items=config.items,
-        seed=recipe.seed,
+        seed=conversion.recipe.seed,
         device=conversion.device,
     )
-    say(f"select: each of {len(mixers)} layers replaced alone, recall and commonsense measured")
-    original, samples, replaced, tokens = sweep_replacements(_carrier(conversion), mixers, tasks, folder / "layers")
+    measure_replacements(_carrier(conversion), conversion.mixers(), tasks, folder / "layers", layers)
+
+
+def _replacements(conversion: Conversion, folder: Path) -> Evidence:
+    config = conversion.recipe.selection
+    say(f"select: each of {conversion.layers} layers replaced alone, recall and commonsense measured")
+    measure(conversion, folder, [None, *range(conversion.layers)])
+    original, samples, replaced, tokens = collect_replacements(folder / "layers", conversion.layers)
     return Evidence(
         teacher=conversion.teacher_name,
-        mixer=recipe.mixer,
+        mixer=conversion.recipe.mixer,
         num_layers=conversion.layers,
         csr_metric=config.csr_metric,
         csr_tasks=["continuation"],

@@ -323,7 +323,7 @@ def needle_metrics(
         return build_haystacks(tok, text, length, number, start, config)
 
     task = f"multikey-{config.keys_per_haystack}"
-    return _metrics(task, build, model, tokenizer, filler_tokens, lengths, count, seed, device)
+    return _metrics("niah", task, build, model, tokenizer, filler_tokens, lengths, count, seed, device)
 
 
 def list_metrics(
@@ -337,10 +337,11 @@ def list_metrics(
     device: str | torch.device | None = None,
 ) -> list[Metric]:
     """Accuracy and answer log-likelihood of key-value lists at each length, from `count` lists each."""
-    return _metrics("keyvalue", build_lists, model, tokenizer, filler_tokens, lengths, count, seed, device)
+    return _metrics("kv", "keyvalue", build_lists, model, tokenizer, filler_tokens, lengths, count, seed, device)
 
 
 def _metrics(
+    suite: str,
     task: str,
     build: Builder,
     model: PreTrainedModel,
@@ -362,7 +363,7 @@ def _metrics(
             samples = [round(float(v), 4) for v in values]
             metrics.append(
                 Metric(
-                    suite="niah", task=task, metric=name, value=value, stderr=stderr,
+                    suite=suite, task=task, metric=name, value=value, stderr=stderr,
                     n=len(values), length=length, samples=samples,
                 )
             )  # fmt: skip

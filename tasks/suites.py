@@ -1,7 +1,8 @@
 """The suites by name, and running them: model, tokenizer and lengths in, metrics out, one suite at a time.
 
 csr   commonsense and continuation through lm-eval; takes limit, data_dir
-niah  needles and key-value lists; takes lengths, limit (haystacks a length)
+niah  needles; takes lengths, limit (haystacks a length)
+kv    key-value lists; takes lengths, limit (lists a length)
 ppl   bits per byte of held-out text; takes lengths (windows), limit (thousands of tokens)
 lm:X  the lm-eval task X; takes limit, data_dir
 """
@@ -50,7 +51,7 @@ class Request:
 Suite = Callable[[Request], list[Metric]]
 SUITES: Registry[Suite] = Registry(
     "suite",
-    {name: f"halobench.tasks.suites:run_{name}" for name in ("csr", "niah", "ppl")},
+    {name: f"halobench.tasks.suites:run_{name}" for name in ("csr", "niah", "kv", "ppl")},
     group="halobench.suites",
 )
 
@@ -112,9 +113,9 @@ def evaluate(
     from halobench.tasks.scoring import TokenCount, check_context
 
     names = parse_suites(suites)
-    if {"niah", "ppl"} & set(names):
+    if {"niah", "kv", "ppl"} & set(names):
         if not lengths:
-            raise UserError("suites niah and ppl need context lengths; give --lengths, e.g. 512,2k")
+            raise UserError("suites niah, kv and ppl need context lengths; give --lengths, e.g. 512,2k")
         check_context(model, max(lengths))
     request = Request(
         model=model, tokenizer=tokenizer, lengths=sorted(lengths), limit=limit, seed=seed,
@@ -175,13 +176,24 @@ def run_csr(request: Request) -> list[Metric]:
 
 
 def run_niah(request: Request) -> list[Metric]:
-    """Four needles in a haystack and key-value lists, at every length."""
-    from halobench.tasks.needle import list_metrics, needle_metrics
+    """Four needles in a haystack, at every length."""
+    from halobench.tasks.needle import needle_metrics
 
+    return _planted(needle_metrics, request)
+
+
+def run_kv(request: Request) -> list[Metric]:
+    """Key-value lists, at every length."""
+    from halobench.tasks.needle import list_metrics
+
+    return _planted(list_metrics, request)
+
+
+def _planted(measure: Callable[..., list[Metric]], request: Request) -> list[Metric]:
     filler = held_out_filler(request.tokenizer)
     count = request.limit or DEFAULT_HAYSTACKS
     arguments = (request.model, request.tokenizer, filler, request.lengths, count, request.seed)
-    return [*needle_metrics(*arguments, device=request.device), *list_metrics(*arguments, device=request.device)]
+    return measure(*arguments, device=request.device)
 
 
 def run_ppl(request: Request) -> list[Metric]:

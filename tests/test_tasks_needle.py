@@ -176,8 +176,8 @@ def test_metrics_carry_length_count_error_and_samples(reader, bpe, filler) -> No
         ("niah", "multikey-4", "answer_logprob", 260, 12),
         ("niah", "multikey-4", "accuracy", 300, 12),
         ("niah", "multikey-4", "answer_logprob", 300, 12),
-        ("niah", "keyvalue", "accuracy", 300, 16),
-        ("niah", "keyvalue", "answer_logprob", 300, 16),
+        ("kv", "keyvalue", "accuracy", 300, 16),
+        ("kv", "keyvalue", "answer_logprob", 300, 16),
     ]
     for metric in metrics:
         assert metric.stderr is not None and metric.samples is not None

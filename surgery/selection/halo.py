@@ -13,8 +13,9 @@ RESAMPLES = 400
 def halo_scores(recall: np.ndarray, csr: np.ndarray, eps: float, cap: float | None) -> np.ndarray:
     """s_i = (max_j R_j - R_i) / (max_j C_j - C_i + eps), the maxima over replaced models (arXiv 2601.22156, section 3).
 
-    The denominator is a difference within noise, and the layer with the largest C always comes first: the method's
-    known fault, kept here because this is the faithful form. `cap` limits the score, as the released code does (50).
+    The paper has eps 1e-6 and no cap. The denominator is a difference within noise, and the layer with the largest C
+    always comes first: the method's known fault, kept here because this is the faithful form. The released code has eps
+    1e-10 and a `cap` of 50, which ties layers where the metrics are not accuracies.
     """
     scores = (recall.max(-1, keepdims=True) - recall) / (csr.max(-1, keepdims=True) - csr + eps)
     return scores if cap is None else np.minimum(scores, cap)
@@ -55,7 +56,7 @@ class Halo(_OfReplacements):
     label = "HALO"
     paper = "https://arxiv.org/abs/2601.22156"
 
-    def __init__(self, eps: float = 1e-10, cap: float | None = 50.0) -> None:
+    def __init__(self, eps: float = 1e-6, cap: float | None = None) -> None:
         self.eps, self.cap = eps, cap
 
     def _score(self, recall: np.ndarray, csr: np.ndarray, teacher: np.ndarray) -> np.ndarray:

@@ -43,35 +43,37 @@ class Probe(Protocol):
         ...
 
 
-def sweep_replacements(
-    carrier: Any, mixers: dict[int, Mixer], probes: list[Probe], folder: Path
-) -> tuple[Scores, Samples, list[Changed], int]:
-    """Measures the teacher, then the teacher with each layer replaced by its mixer.
+def measure_replacements(
+    carrier: Any, mixers: dict[int, Mixer], probes: list[Probe], folder: Path, layers: list[int | None]
+) -> None:
+    """Measures the teacher (None) or the teacher with one layer replaced, for each of `layers`, into `folder`.
 
-    Each finished layer is kept in `folder`, so that an interrupted sweep goes on where it stopped.
-
-    Returns:
-        (scores of the teacher, its samples, one entry per layer, tokens processed)
+    What is there already is not measured again: an interrupted sweep goes on where it stopped, and several processes
+    can take layers each.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = 0
-    found: list[dict[str, Measured]] = []
-    with Progress("sweep", len(mixers) + 1, unit="models", every=10.0) as progress:
-        for layer in [None, *sorted(mixers)]:
-            path = folder / ("teacher.json" if layer is None else f"layer-{layer}.json")
-            if path.exists():
-                measured = {name: Measured(**entry) for name, entry in read_json(path).items()}
-            else:
-                with swapped(carrier, {} if layer is None else {layer: mixers[layer]}):
-                    measured = {probe.name: probe.measure(carrier) for probe in probes}
-                write_json(path, {name: vars(entry) for name, entry in measured.items()})
-            found.append(measured)
-            tokens += sum(entry.tokens for entry in measured.values())
+    missing = [layer for layer in layers if not _measured_file(folder, layer).exists()]
+    with Progress("sweep", len(missing), unit="models", every=10.0) as progress:
+        for layer in missing:
+            with swapped(carrier, {} if layer is None else {layer: mixers[layer]}):
+                measured = {probe.name: probe.measure(carrier) for probe in probes}
+            write_json(_measured_file(folder, layer), {name: vars(entry) for name, entry in measured.items()})
             progress.advance(1, _brief("teacher" if layer is None else f"layer {layer}", measured))
-    entries = [
-        Changed(layer=i, scores=_means(m), samples=_samples(m)) for i, m in zip(sorted(mixers), found[1:], strict=True)
+
+
+def collect_replacements(folder: Path, layers: int) -> tuple[Scores, Samples, list[Changed], int]:
+    """(scores of the teacher, its samples, one entry per layer, tokens processed) of a finished sweep."""
+    found = [
+        {name: Measured(**entry) for name, entry in read_json(_measured_file(folder, layer)).items()}
+        for layer in [None, *range(layers)]
     ]
+    tokens = sum(entry.tokens for measured in found for entry in measured.values())
+    entries = [Changed(layer=i, scores=_means(m), samples=_samples(m)) for i, m in enumerate(found[1:])]
     return _means(found[0]), _samples(found[0]), entries, tokens
+
+
+def _measured_file(folder: Path, layer: int | None) -> Path:
+    return folder / ("teacher.json" if layer is None else f"layer-{layer}.json")
 
 
 def _means(measured: dict[str, Measured]) -> Scores:
