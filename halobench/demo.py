@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 METHODS = ["halo", "kl-ls", "jet-nemotron", "even", "random"]
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # to sixteen times the teacher's training length
-CONTEXTS = [512, 8192]
-REQUEST = EvalRequest(suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 240), ("niah", 16), ("ppl", 16)))
+CONTEXTS = [512, 4096]
+REQUEST = EvalRequest(suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 160), ("niah", 12), ("ppl", 8)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +120,17 @@ class Crew:
 def _start_worker() -> None:
     import torch
 
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed cannot stop its workers; they notice."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _free_port() -> int:

@@ -124,6 +124,8 @@ class Conversion:
 
     def align(self) -> StageNote:
         """A mixer for every layer, trained on the teacher's hidden states."""
+        import torch
+
         from halobench.surgery.checkpoint import save_mixers
         from halobench.surgery.stages.align import Alignment
         from halobench.surgery.transplant import build_mixers
@@ -131,6 +133,7 @@ class Conversion:
         done = self.base.note("align")
         if done is not None:
             return done
+        torch.manual_seed(self.recipe.seed)  # of the new weights
         mixers = build_mixers(self.teacher, self.recipe.mixer, self.recipe.mixer_options)
         for mixer in mixers.values():
             mixer.to(self.device).float().train()
@@ -144,7 +147,9 @@ class Conversion:
         errors = {str(layer): round(error, 5) for layer, error in objective.layer_errors.items()}
         note = self._note("align", self.teacher_hash, model_hash(folder), result, {"relative_error": errors})
         worst = max(errors, key=lambda k: errors[k])
-        say(f"align: error {note.first_loss:.4f} -> {note.last_loss:.4f}; hardest layer {worst}, {errors[worst]:.3f}")
+        self._tell(
+            f"align: error {note.first_loss:.4f} -> {note.last_loss:.4f}; hardest layer {worst}, {errors[worst]:.3f}"
+        )
         return note
 
     def mixers(self) -> dict[int, Mixer]:
@@ -186,9 +191,10 @@ class Conversion:
             return read_json(path)["layers"]
         ranking = self.credit[0] if self.credit else self.rank([self.recipe.select])[0]
         labels = [r.label for r in self.credit] or [ranking.label]
-        write_json(path, {"method": ranking.method, "selectors": labels, **ranking.to_json()})
         if self.team.leads:
-            say(f"select: {' = '.join(labels)} keeps layers {ranking.layers} as softmax")
+            write_json(path, {"method": ranking.method, "selectors": labels, **ranking.to_json()})
+        self.team.wait()
+        self._tell(f"select: {' = '.join(labels)} keeps layers {ranking.layers} as softmax")
         return ranking.layers
 
     def plan(self) -> SurgeryPlan:
@@ -207,6 +213,8 @@ class Conversion:
 
     def distil(self) -> StageNote:
         """The student, distilled from the teacher."""
+        import torch
+
         from halobench.surgery import transplant
         from halobench.surgery.checkpoint import save_model
         from halobench.surgery.stages.distil import Distillation
@@ -216,6 +224,7 @@ class Conversion:
             return done
         before = self.align()
         plan = self.plan()
+        torch.manual_seed(self.recipe.seed)  # of the new weights
         student: Any = transplant(self.teacher, plan, self.mixers())
         student.to(self.device).float().train().requires_grad_(True)
         objective = Distillation(student, self.teacher)
@@ -226,7 +235,7 @@ class Conversion:
             save_model(folder, student, self.tokenizer)
         self.team.wait()
         note = self._note("distil", before.hash, model_hash(folder), result, {"kept": list(plan.kept)})
-        say(f"distil: KL {note.first_loss:.3f} -> {note.last_loss:.3f} nats a token")
+        self._tell(f"distil: KL {note.first_loss:.3f} -> {note.last_loss:.3f} nats a token")
         return note
 
     def finetune(self) -> StageNote:
@@ -249,7 +258,7 @@ class Conversion:
         note = self._note(
             "finetune", before.hash, model_hash(folder), result, {"length": max(self.recipe.finetune.lengths)}
         )
-        say(f"finetune: loss {note.first_loss:.3f} -> {note.last_loss:.3f}")
+        self._tell(f"finetune: loss {note.first_loss:.3f} -> {note.last_loss:.3f}")
         return note
 
     def finish(self) -> ModelCard:
@@ -267,14 +276,16 @@ class Conversion:
             found = search_scale(student, self.data(self.recipe.finetune), self.recipe.scale, self.device)
             scale, losses, seconds, tokens = found.best, found.losses, found.seconds, found.tokens
             student.set_logits_scale(scale)
-            say(f"scale: queries without positions are scaled by log_a(t + a) with a = {scale:g}")
+            self._tell(f"scale: queries without positions are scaled by log_a(t + a) with a = {scale:g}")
         self._note_of("scale", before.hash, before.hash, tokens, seconds, {"a": scale, "losses": losses})
         card = self._card(student)
         folder = self.run.path / "model"
-        save_model(folder, student, self.tokenizer)
-        write_json(folder / CARD, to_dict(card))
-        self._record(card, losses)
-        say(f"done: {folder}")
+        if self.team.leads:
+            save_model(folder, student, self.tokenizer)
+            write_json(folder / CARD, to_dict(card))
+            self._record(card, losses)
+        self.team.wait()
+        self._tell(f"done: {folder}")
         return card
 
     # Shared -----------------------------------------------------------------------------------------------------------
@@ -306,9 +317,13 @@ class Conversion:
 
     def _describe(self, stage: str, config: LoopConfig, objective: Objective) -> None:
         trains = sum(p.numel() for _, p in objective.parameters())
+        lengths = "/".join(map(str, config.lengths))
+        self._tell(f"{stage}: {config.tokens:,} tokens at length {lengths}, {trains:,} parameters train")
+
+    def _tell(self, text: str) -> None:
+        """One line of the story, from one of the processes that share the work."""
         if self.team.leads:
-            lengths = "/".join(map(str, config.lengths))
-            say(f"{stage}: {config.tokens:,} tokens at length {lengths}, {trains:,} parameters train")
+            say(text)
 
     def _student(self, stage: str, note: StageNote) -> Any:
         import torch

@@ -97,8 +97,8 @@ def test_planted_sequences_have_the_asked_length_and_true_answers(bpe) -> None: 
     for kind in ("needles", "lists", "separators"):
         draw = planted.kinds[kind][1]
         for index in range(6):
-            sequence = draw(np.random.default_rng(index), index, 300)
-            assert len(sequence.tokens) == len(sequence.weights) == 300
+            sequence = draw(np.random.default_rng(index), index, 700)
+            assert len(sequence.tokens) == len(sequence.weights) == 700
             text = bpe.decode(sequence.tokens)
             answers = sequence.weights == ANSWER_WEIGHT
             assert answers.any()

@@ -10,6 +10,7 @@ import typer
 from halobench.cli import convert, demo, evaluate, lists, plan, profile, report, select, teacher
 from halobench.errors import HalobenchError
 
+INTERRUPTED = 130  # the shell's number for it
 app = typer.Typer(
     name="halobench",
     help="Turn any Hugging Face decoder into an attention/RNN hybrid, and prove what came out.",
@@ -40,13 +41,13 @@ def main() -> None:
 def _run() -> int:
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except typer.Abort:
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; run the same command again to resume", INTERRUPTED)
     except HalobenchError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to resume", 130)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail("no space left on the disk; free some room and run again to resume", 1)
