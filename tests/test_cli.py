@@ -271,3 +271,13 @@ def test_the_readmes_commands_run(place: Path, llama: Path) -> None:
             continue
         in_a_shell(place, *words)
     assert (place / "runs" / "mine-report" / "leaderboard.md").exists()
+
+
+def test_kl_ls_re_distils_each_candidate_when_it_has_a_budget(place: Path, llama: Path) -> None:
+    more = [*SMALL, "selection.restore_tokens=1024"]
+    run(place, "convert", llama, "-o", "again", "--keep", 1, "--select", "kl-ls", "--until", "select", *sets(more))
+    choice = json.loads((place / "again" / "select" / "choice.json").read_text())
+    assert choice["cost_tokens"] == 2 * 64 * 5 + 4 * 1024
+    for layer in range(4):
+        log = (place / "again" / "select" / f"restore-{layer}" / "metrics.jsonl").read_text().splitlines()
+        assert len(log) == 2
