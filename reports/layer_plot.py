@@ -149,7 +149,8 @@ def fit(scores: Sequence[float], errors: Sequence[float]) -> Scale:
         if abs(body[i][0]) > 5 * abs(body[i - 1][0]) > 0:
             body = body[:i]
             break
-    low, high = min(s - e for s, e in body), max(s + e for s, e in body)
+    limit = 0.5 * max(abs(s) for s, _ in body)  # whiskers longer than the scores themselves run off the axis
+    low, high = min(s - min(e, limit) for s, e in body), max(s + min(e, limit) for s, e in body)
     if low > 0.6 * high > 0 or high < 0.6 * low < 0:
         margin = 0.3 * (high - low)
         return Scale(low - margin, high + 0.5 * margin, low - margin, low, high)
