@@ -66,12 +66,14 @@ def card_of(name: str, model: Any) -> ModelCard:
     if (where / CARD).exists():
         return from_dict(ModelCard, read_json(where / CARD), str(where / CARD))
     config = model.config
+    local = where.is_dir()
+    called = where.name if local and name != "tiny" else name
     return ModelCard(
-        name=name if where.name != name and not where.is_dir() else (name if name == "tiny" else where.name),
+        name=called,
         path=name,
-        hash=model_hash(where) if where.is_dir() else name,
+        hash=model_hash(where) if local else name,
         layers=config.num_hidden_layers,
         parameters=sum(p.numel() for p in model.parameters()),
-        teacher=name if name == "tiny" else where.name,
+        teacher=called,
         trained_length=getattr(config, "max_position_embeddings", None),
     )

@@ -24,6 +24,8 @@ from halobench.surgery.stages.distil import Distillation
 from halobench.surgery.stages.language import LanguageModelling
 from tests.conftest import make_pico
 
+PLAIN = OptimConfig(rate=1e-3, warmup_steps=2)
+
 
 class Numbers:
     """Endless text of a small vocabulary, by index."""
@@ -110,9 +112,8 @@ def test_resuming_with_another_recipe_says_what_changed(tmp_path: Path) -> None:
 
 
 def test_micro_batches_change_nothing_but_memory(tmp_path: Path) -> None:
-    plain = OptimConfig(rate=1e-3, warmup_steps=2)
     for name, size in (("whole", None), ("cut", 16)):
-        trained(tmp_path / name, lengths=[16], optim=plain, micro_batch_tokens=size)
+        trained(tmp_path / name, lengths=[16], optim=PLAIN, micro_batch_tokens=size)
     whole, cut = (losses(tmp_path / name) for name in ("whole", "cut"))
     assert whole == pytest.approx(cut, rel=1e-5)
     assert len(whole) == 10
@@ -121,6 +122,26 @@ def test_micro_batches_change_nothing_but_memory(tmp_path: Path) -> None:
 def test_two_processes_share_every_batch_without_overlap() -> None:
     shares = [list(Team(rank, 2).share(5)) for rank in (0, 1)]
     assert sorted(shares[0] + shares[1]) == list(range(5))
+
+
+TWO = """
+import sys
+from pathlib import Path
+import tests.test_loop as t
+team = t.Team.join()
+model = t.make_pico().train()
+settings = t.config(lengths=[16], optim=t.PLAIN)
+t.Loop(Path(sys.argv[1]), t.LanguageModelling(model, "test"), t.mixture(), settings, team=team).run()
+"""
+
+
+def test_two_processes_make_the_curve_of_one(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launch, str(tmp_path / "two.py"), str(tmp_path / "two")], env=environment, check=True)
+    trained(tmp_path / "one", lengths=[16], optim=PLAIN)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
 def test_numbers_that_stop_being_finite_stop_the_run_and_name_the_tensor(tmp_path: Path) -> None:
