@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -58,7 +57,7 @@ def run_demo(folder: Path, recipe: Recipe, workers: int | None) -> Path:
             port = _free_port()
             crew.do([(_align, folder, recipe, rank, crew.size, port) for rank in range(crew.size)])
         if not (folder / "base" / "select" / "evidence.json").exists():
-            parts: list[list[int | None]] = [[], *([] for _ in range(crew.size - 1))]
+            parts: list[list[int | None]] = [[] for _ in range(crew.size)]
             for place, layer in enumerate([None, *range(base.layers)]):
                 parts[place % crew.size].append(layer)
             crew.do([(_measure, folder, recipe, part) for part in parts])
@@ -109,8 +108,8 @@ class Crew:
                 process.terminate()
         self._pool.shutdown(cancel_futures=True)
 
-    def do(self, jobs: list[tuple[Callable[..., str | None], Any]] | list[tuple[Any, ...]]) -> None:
-        """Runs the jobs and says what each has to say, as they end; the first failure ends all."""
+    def do(self, jobs: list[tuple[Any, ...]]) -> None:
+        """Runs jobs (a function and its arguments each) and says what each has to say; the first failure ends all."""
         for future in as_completed([self._pool.submit(*job) for job in jobs]):
             said = future.result()
             if said:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from halobench.config import to_dict
 from halobench.errors import HalobenchError, UserError
-from halobench.files import append_json_line, atomic_path, read_json, write_json
+from halobench.files import append_json_line, atomic_path, read_json, write_json, write_text
 from halobench.progress import Progress
 from halobench.surgery.optim import OptimConfig, Optimizer, rate_factor
 from halobench.surgery.parallel import Team
@@ -261,5 +261,4 @@ def _truncate_log(path: Path, steps: int) -> None:
     """Drops the lines of steps that were made after the checkpoint and will be made again."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)[:steps]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(lines))
+        write_text(path, "".join(lines))

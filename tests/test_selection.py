@@ -61,7 +61,7 @@ def test_the_layers_that_carry_recall_are_found_and_known_for_certain(tmp_path: 
     for method in ("halo", "jet-nemotron"):
         answer = rank(tmp_path, method)
         assert answer.layers == [2, 4]
-        assert answer.ranking[:2] == ([2, 4] if method == "jet-nemotron" else answer.ranking[:2])
+        assert set(answer.ranking[:2]) == {2, 4}
         assert answer.membership is not None and min(answer.membership[2], answer.membership[4]) > 0.9
         assert answer.cost_tokens == 1000
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 def doctor() -> None:
     """Versions, hardware and what is missing for the fast paths."""
-    from importlib.util import find_spec
-
     import torch
 
     from halobench.provenance import environment
@@ -18,11 +16,7 @@ def doctor() -> None:
         print(f"{name:>24}  {value}")
     gpu = torch.cuda.is_available()
     print(f"{'device':>24}  {'cuda' if gpu else 'cpu: torch sees no GPU; tiny models run well, a 1.7B model does not'}")
-    fla = find_spec("fla") is not None
-    print(
-        f"{'lightning backend':>24}  torch, chunked"
-        + ("" if fla or not gpu else " (pip install 'halobench[cuda]' adds fla)")
-    )
+    print(f"{'lightning backend':>24}  torch, chunked")
 
 
 def recipes() -> None:
