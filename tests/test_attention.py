@@ -75,6 +75,64 @@ def test_gradients_equal_those_of_the_definition_and_are_finite_at_padding(padde
         torch.testing.assert_close(got, expected)
 
 
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+
+
+def test_a_learned_sink_joins_the_denominator_and_carries_no_value() -> None:
+    q, k, v = inputs(1, 3, heads=1, kv_heads=1)
+    scores = (q[:, 0, 0] @ k[:, :, 0].transpose(1, 2))[0, 0] * 0.4
+    weights = scores.exp() / (scores.exp().sum() + torch.tensor(0.7).double().exp())
+    for function in (attend, attend_naive):
+        o = function(q[:1], k[:1], v[:1], scale=0.4, sinks_H=torch.tensor([0.7]).double())
+        torch.testing.assert_close(o[0, 0, 0], weights @ v[0, :, 0], atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize(("tokens", "keys", "kv_heads"), [(1, 1, 2), (9, 9, 2), (9, 9, 4), (1, 9, 1), (4, 9, 2)])
+def test_learned_sinks_equal_the_definition_with_gradients(
+    tokens: int, keys: int, kv_heads: int, side: str | None, window: int | None, soft_cap: float | None
+) -> None:
+    leaves = [*inputs(tokens, keys, kv_heads=kv_heads, grad=True), SINKS.clone().requires_grad_()]
+    mask = None if side is None else padding(keys, side)
+    results = []
+    for function in (attend, attend_naive):
+        o = function(
+            *leaves[:3], sinks_H=leaves[3], scale=0.4, key_padding_mask_BS=mask, window=window, soft_cap=soft_cap
+        )
+        results.append((o, *torch.autograd.grad((o**2).sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("elements", [2**24, 24])
+def test_learned_sinks_change_nothing_when_low_and_everything_when_high(
+    elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softmax, "MASK_ELEMENTS", elements)
+    for tokens in (1, 5, 9):
+        q, k, v = inputs(tokens, 9)
+        for cap in (None, 0.7):
+            plain = attend(q, k, v, scale=0.4, soft_cap=cap)
+            low = attend(q, k, v, scale=0.4, soft_cap=cap, sinks_H=torch.full((4,), -80.0).double())
+            high = attend(q, k, v, scale=0.4, soft_cap=cap, sinks_H=torch.full((4,), 80.0).double())
+            torch.testing.assert_close(low, plain)
+            assert high.abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_learned_sinks_in_bf16_are_as_near_as_attention_without_them(tokens: int) -> None:
+    q, k, v = (x.to(torch.bfloat16) for x in inputs(tokens, 40))
+    sinks = torch.tensor([3.7, 5.3, 6.1, 2.9], dtype=torch.bfloat16)
+    errors = []
+    for scores in (None, sinks):
+        exact = attend_naive(q.double(), k.double(), v.double(), scale=0.37, sinks_H=scores)
+        errors.append((attend(q, k, v, scale=0.37, sinks_H=scores).double() - exact).abs().max())
+    assert errors[1] < 2 * errors[0]
+
+
 def test_no_query_sees_a_later_key() -> None:
     q, k, v = inputs(6, 6)
     before = attend(q, k, v, scale=0.4)

@@ -13,16 +13,14 @@ is a sum of non-positive numbers, taken in fp32: nothing overflows, and bf16 nev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from halobench.kernels.scalar_decay.step import zero_state
-
-# The inter-chunk product grows with its square; at 32 it is a quarter of the work within the chunks.
-CHUNKS_IN_SUPERBLOCK = 32
+from halobench.kernels.chunks import CHUNKS_IN_SUPERBLOCK as CHUNKS_IN_SUPERBLOCK
+from halobench.kernels.chunks import superblocks, without_autocast, zero_state
+from halobench.kernels.decays import lower_exp
 
 
 def scalar_decay_chunked(
@@ -46,30 +44,22 @@ def scalar_decay_chunked(
     Returns:
         o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
     """
-    tokens = q_BTHK.shape[1]
     state = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    inputs = [x.to(q_BTHK.dtype) for x in (q_BTHK, k_BTHK, v_BTHV)]
+    if log_decay.ndim == 3:
+        inputs.append(log_decay)
     outputs = []
     decays: tuple[int, int] | None = None
-    for start, length, chunk in _superblocks(tokens, chunk_size):
-        part = slice(start, start + length)
-        if log_decay.ndim == 3:
-            factors = _token_decays(log_decay[:, part], chunk, state.dtype)
-        elif decays != (length, chunk):  # the same for every superblock but the last
-            factors = _constant_decays(log_decay, length // chunk, chunk, state.dtype)
-            decays = (length, chunk)
-        o_BTHV, state = _superblock(q_BTHK[:, part], k_BTHK[:, part], v_BTHV[:, part], factors, scale, state)
-        outputs.append(o_BTHV)
+    with without_autocast(q_BTHK):
+        for (q, k, v, *token_decay), chunk in superblocks(inputs, chunk_size):
+            if token_decay:
+                factors = _token_decays(token_decay[0], chunk, state.dtype)
+            elif decays != (q.shape[1], chunk):  # the same for every superblock but the last
+                decays = (q.shape[1], chunk)
+                factors = _constant_decays(log_decay, q.shape[1] // chunk, chunk, state.dtype)
+            o_BTHV, state = _superblock(q, k, v, factors, scale, state)
+            outputs.append(o_BTHV)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
-
-
-def _superblocks(tokens: int, chunk: int) -> Iterator[tuple[int, int, int]]:
-    """(start, tokens, chunk size) of each superblock; the ragged tail is a superblock of one short chunk."""
-    whole = tokens - tokens % chunk
-    step = chunk * CHUNKS_IN_SUPERBLOCK
-    for start in range(0, whole, step):
-        yield start, min(step, whole - start), chunk
-    if whole < tokens:
-        yield whole, tokens - whole, tokens - whole
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,19 +89,12 @@ def _token_decays(log_decay_BTH: Tensor, chunk: int, dtype: torch.dtype) -> _Dec
 def _factors(b_NC: Tensor, ends_N: Tensor) -> _Decays:
     """From b (summed decays in the chunk, (..., N, C)) and the decays summed up to each chunk's end (..., N)."""
     return _Decays(
-        within_CC=_lower_exp(b_NC),
+        within_CC=lower_exp(b_NC),
         from_start_C1=b_NC.exp()[..., None],
         to_end_C1=(b_NC[..., -1:] - b_NC).exp()[..., None],
-        between_NN=_lower_exp(ends_N),
+        between_NN=lower_exp(ends_N),
         past_N1=ends_N.exp()[..., None],
     )
-
-
-def _lower_exp(sums_L: Tensor) -> Tensor:
-    """exp(sum_i - sum_j) for j <= i, else 0. Masked before exp: above the diagonal the exponent is positive."""
-    length = sums_L.shape[-1]
-    above = torch.ones(length, length, dtype=torch.bool, device=sums_L.device).triu(1)
-    return (sums_L[..., :, None] - sums_L[..., None, :]).masked_fill(above, -torch.inf).exp()
 
 
 def _superblock(
@@ -121,9 +104,9 @@ def _superblock(
     batch, tokens, heads, key = q_BTHK.shape
     value, dtype, chunk = v_BTHV.shape[-1], q_BTHK.dtype, decays.within_CC.shape[-1]
     chunks = tokens // chunk
-    q = q_BTHK.transpose(1, 2).reshape(batch, heads, chunks, chunk, key)
-    k = k_BTHK.transpose(1, 2).reshape(batch, heads, chunks, chunk, key)
-    v = v_BTHV.transpose(1, 2).reshape(batch, heads, chunks, chunk, value)
+    q = q_BTHK.transpose(1, 2).contiguous().view(batch, heads, chunks, chunk, key)
+    k = k_BTHK.transpose(1, 2).contiguous().view(batch, heads, chunks, chunk, key)
+    v = v_BTHV.transpose(1, 2).contiguous().view(batch, heads, chunks, chunk, value)
 
     scores_CC = (q @ k.transpose(-1, -2)) * (decays.within_CC * scale).to(dtype)
     added_KV = ((k * decays.to_end_C1.to(dtype)).transpose(-1, -2) @ v).to(state_BHKV.dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halobench.kernels.scalar_decay.step import scalar_decay_step, zero_state
+from halobench.kernels.chunks import zero_state
+from halobench.kernels.scalar_decay.step import scalar_decay_step
 
 
 def scalar_decay_naive(

@@ -6,12 +6,6 @@ import torch
 from torch import Tensor
 
 
-def zero_state(k_BHK: Tensor, v_BHV: Tensor) -> Tensor:
-    """The empty state (B, H, K, V), in fp32 (fp64 for fp64 inputs): sums over long ranges do not survive bf16."""
-    dtype = torch.float64 if k_BHK.dtype == torch.float64 else torch.float32
-    return torch.zeros(*k_BHK.shape, v_BHV.shape[-1], dtype=dtype, device=k_BHK.device)
-
-
 def scalar_decay_step(
     q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay: Tensor, state_BHKV: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,141 @@
+"""Sums of products under decay, safe for any decay: no exponent is positive and nothing is divided by a decay.
+
+The products within a chunk are A_ij = sum_c r_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j <= i. With one decay for all
+channels the exponentials stand outside the sum. With one per channel they must be split between row and column, and
+the usual split exp(b_i) exp(-b_j) overflows. Secondary chunking (Gated Linear Attention, arXiv 2312.06635) splits at a
+token m between them instead, exp(b_i - b_m) exp(b_m - b_j), both at most 1. Here it is carried to its end: the chunk is
+halved, the halves are halved, and so on; the block below the diagonal at each level is one matrix product that splits
+at its corner. The decays to and from the corners of all levels are products of those of the level below.
+
+Shapes: Z = G * N chunks of C tokens, a power of two; R and S kinds of rows and of columns that share the decays
+(a query and a key, say), next to each other at every token; K key size, D = K or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from halobench.kernels.chunks import without_autocast
+from halobench.kernels.triangular import half_blocks
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pairs:
+    """Decayed products and factors of every chunk; the factors are in [0, 1]."""
+
+    scores_CRCS: Tensor  # A, zero for j > i: (G, N, C, R, C, S), in the rows' dtype
+    from_start_CD: Tensor  # decay from the chunk's start up to and with token i: (G, N, C, D)
+    to_end_CD: Tensor  # decay after token j to the chunk's end
+    whole_D1: Tensor  # decay of the whole chunk: (G, N, D, 1)
+
+
+def decayed_pairs(rows_CRK: Tensor, columns_CSK: Tensor, log_decay_CD: Tensor) -> Pairs:
+    """A_ij = sum_c r_ic k_jc exp(sum of g_c over the tokens j+1 ... i), for j <= i, within each chunk.
+
+    Args:
+        rows_CRK, columns_CSK: (G, N, C, R, K) and (G, N, C, S, K); C is a power of two for decays of each channel.
+        log_decay_CD: g, at most 0, in the state's dtype: (G, N, C, K), or (G, N, C, 1) for one decay of all channels.
+    """
+    lead, (chunk, kinds, key), columns = rows_CRK.shape[:2], rows_CRK.shape[2:], columns_CSK.shape[3]
+    whole_D1 = log_decay_CD.sum(-2).exp()[..., None]
+    if log_decay_CD.shape[-1] == 1:
+        sums_C = log_decay_CD.squeeze(-1).cumsum(-1)
+        after_C = torch.nn.functional.pad(log_decay_CD.squeeze(-1)[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+        products = rows_CRK.reshape(*lead, chunk * kinds, key) @ columns_CSK.reshape(*lead, chunk * columns, key).mT
+        factors_CC = lower_exp(sums_C).to(products.dtype)
+        scores = products.view(*lead, chunk, kinds, chunk, columns) * factors_CC[:, :, :, None, :, None]
+        from_start, to_end = sums_C.exp()[..., None], after_C.exp()[..., None]
+    else:
+        flat = rows_CRK.flatten(0, 1), columns_CSK.flatten(0, 1), log_decay_CD.flatten(0, 1)
+        scores, from_start, to_end = (x.view(*lead, *x.shape[1:]) for x in _ChannelPairs.apply(*flat))
+    return Pairs(scores_CRCS=scores, from_start_CD=from_start, to_end_CD=to_end, whole_D1=whole_D1)
+
+
+def lower_exp(sums_L: Tensor) -> Tensor:
+    """exp(sum_i - sum_j) for j <= i, else 0. Masked before exp: above the diagonal the exponent is positive."""
+    length = sums_L.shape[-1]
+    above = torch.ones(length, length, dtype=torch.bool, device=sums_L.device).triu(1)
+    return (sums_L[..., :, None] - sums_L[..., None, :]).masked_fill(above, -torch.inf).exp()
+
+
+def _halves(x: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second half of each block: (Z * M, h, ...) of x (Z, C, ...)."""
+    cut = x.view(x.shape[0] * blocks, 2, x.shape[1] // (2 * blocks), *x.shape[2:])
+    return cut[:, 0], cut[:, 1]
+
+
+class _Factors:
+    """The decays of every level, from single tokens up: `levels` walks them, and leaves those of the whole chunk."""
+
+    def __init__(self, log_decay_ZCK: Tensor) -> None:
+        self.from_start_ZCK = log_decay_ZCK.exp()
+        self.to_end_ZCK = torch.ones_like(self.from_start_ZCK)
+
+    def levels(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(M, from the corner to each row, from each column to the corner); both (Z * M, h, 1, K), valid until next."""
+        blocks = self.from_start_ZCK.shape[1] // 2
+        while blocks:
+            (early_from, late_from), (early_to, _) = (
+                _halves(x, blocks) for x in (self.from_start_ZCK, self.to_end_ZCK)
+            )
+            yield blocks, late_from[:, :, None], early_to[:, :, None]
+            early_to *= late_from[:, -1:]
+            late_from *= early_from[:, -1:]
+            blocks //= 2
+
+
+def _corner_rows(x_ZCRK: Tensor, blocks: int, half: int, factor: Tensor) -> Tensor:
+    """One half's rows (or columns) brought to the corner by their factor: (Z * M, h * R, K)."""
+    return (_halves(x_ZCRK, blocks)[half] * factor).to(x_ZCRK.dtype).flatten(1, 2)
+
+
+class _ChannelPairs(torch.autograd.Function):
+    """Scores, from_start and to_end for a decay of each channel; recomputes the levels in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, columns = rows.contiguous(), columns.contiguous()
+        (chunks, size, kinds, _), kinds_S = rows.shape, columns.shape[2]
+        scores = rows.new_zeros(chunks, size, kinds, size, kinds_S)
+        scores.diagonal(dim1=1, dim2=3).copy_((rows @ columns.mT).permute(0, 2, 3, 1))
+        matrices = scores.view(chunks, size * kinds, size * kinds_S)
+        factors = _Factors(log_decay)
+        for blocks, from_corner, to_corner in factors.levels():
+            left = _corner_rows(rows, blocks, 1, from_corner)
+            right = _corner_rows(columns, blocks, 0, to_corner)
+            below = half_blocks(matrices, blocks, 1, 0)
+            below.copy_((left @ right.mT).view(below.shape))
+        ctx.save_for_backward(rows, columns, log_decay)
+        return scores, factors.from_start_ZCK, factors.to_end_ZCK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_scores: Tensor, d_from: Tensor, d_to: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With b the summed decay: dr_i = sum_j dA_ij k_j exp(b_i - b_j), d b_i = r_i dr_i, d b_j = - k_j dk_j."""
+        rows, columns, log_decay = ctx.saved_tensors
+        (chunks, size, kinds, _), kinds_S = rows.shape, columns.shape[2]
+        d_rows, d_columns = (torch.zeros_like(x, dtype=log_decay.dtype) for x in (rows, columns))
+        matrices = d_scores.contiguous().view(chunks, size * kinds, size * kinds_S)
+        factors = _Factors(log_decay)
+        with without_autocast(rows):
+            for blocks, from_corner, to_corner in factors.levels():
+                left = _corner_rows(rows, blocks, 1, from_corner)
+                right = _corner_rows(columns, blocks, 0, to_corner)
+                below = half_blocks(matrices, blocks, 1, 0).flatten(0, 1)
+                late_rows, early_columns = _halves(d_rows, blocks)[1], _halves(d_columns, blocks)[0]
+                late_rows.addcmul_((below @ right).view(late_rows.shape).to(late_rows.dtype), from_corner)
+                early_columns.addcmul_((below.mT @ left).view(early_columns.shape).to(early_columns.dtype), to_corner)
+            d_sums = (rows * d_rows).sum(2) - (columns * d_columns).sum(2) + factors.from_start_ZCK * d_from
+            d_after = factors.to_end_ZCK * d_to
+            # b sums the decays up to a token, so each decay gathers all later sums; to_end sums those after a token.
+            d_log_decay = d_sums.flip(1).cumsum(1).flip(1) + (d_after.cumsum(1) - d_after)
+            diagonal = d_scores.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+            d_rows += diagonal @ columns
+            d_columns += diagonal.mT @ rows
+        return d_rows.to(rows.dtype), d_columns.to(columns.dtype), d_log_decay

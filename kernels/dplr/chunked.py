@@ -1,0 +1,104 @@
+"""The recurrence as batched matrix products: fast on any device, no loop over tokens.
+
+Let u_i = S_{i-1}^T a_i, what token i reads. S_{i-1} is the chunk's first state S, decayed, plus what the tokens before
+i wrote: b_j u_j^T + k_j v_j^T. With c the decay (log) summed over the chunk, the u of a chunk solve
+
+    (I - A_ab) U = (A exp c_prev) S + A_ak V,    A_xy,ij = sum_c x_ic y_jc exp(c_{i-1} - c_j)  for j < i, x = a
+
+(I - A_ab)^-1 is taken for all chunks at once, in fp32; then
+
+    hand-over      U = U_own + W S,  S' = diag(exp(c_C)) S + (B exp(c_C - c))^T U + (K exp(c_C - c))^T V
+    output         O = (Q exp c) S + A_qb U + A_qk V,   A_xy,ij = sum_c x_ic y_jc exp(c_i - c_j)  for j <= i, x = q
+
+A row a_i stands one token earlier: it meets the decays up to i-1, and the columns up to i-1, as q_{i-1} does. So the
+four products share their decays and are one call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from halobench.kernels.chunks import (
+    add_product,
+    cut,
+    hand_over_corrected,
+    join,
+    padded_superblocks,
+    without_autocast,
+    zero_state,
+)
+from halobench.kernels.decays import decayed_pairs
+from halobench.kernels.triangular import unit_lower_inverse
+
+
+def dplr_chunked(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    a_BTHK: Tensor,
+    b_BTHK: Tensor,
+    log_decay_BTHK: Tensor,
+    *,
+    scale: float,
+    initial_state_BHKV: Tensor | None = None,
+    chunk_size: int = 32,
+) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp(g_t)) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, o_t = scale S_t^T q_t, in chunks.
+
+    All of it is computed in the state's dtype: an error of bf16 in one u would be copied into all later ones.
+
+    Args:
+        a_BTHK, b_BTHK: what the state is read under, and what the result is written under.
+        log_decay_BTHK: g, at most 0; any strength.
+        scale: factor on the output; RWKV-7 has 1.
+        initial_state_BHKV: the state before the first token; zeros by default.
+        chunk_size: tokens in a chunk, a power of two; any T is accepted.
+
+    Returns:
+        o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
+    """
+    start = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK
+    state_GKV, outputs = start.flatten(0, 1), []
+    with without_autocast(q_BTHK):
+        for parts, chunk in padded_superblocks(inputs, chunk_size):
+            q, k, v, a, b, decay = (cut(x, chunk, start.dtype) for x in parts)
+            o_GNCV, state_GKV = _superblock(q * scale, k, v, a, b, decay, state_GKV)
+            outputs.append(join(o_GNCV, q_BTHK.shape[2], parts[0].shape[1]).to(q_BTHK.dtype))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state_GKV.view(start.shape)
+
+
+def _superblock(
+    q_GNCK: Tensor,
+    k_GNCK: Tensor,
+    v_GNCV: Tensor,
+    a_GNCK: Tensor,
+    b_GNCK: Tensor,
+    log_decay_GNCK: Tensor,
+    state_GKV: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Outputs of one superblock and the state at its end; q carries the scale."""
+    earlier_a = F.pad(a_GNCK[..., 1:, :], (0, 0, 0, 1))
+    rows, columns = torch.stack((q_GNCK, earlier_a), dim=-2), torch.stack((b_GNCK, k_GNCK), dim=-2)
+    pairs = decayed_pairs(rows, columns, log_decay_GNCK)
+    ab_GNCC, ak_GNCC = (_one_later(x) for x in pairs.scores_CRCS[..., 1, :, :].unbind(-1))
+    inverse_GNCC = unit_lower_inverse(-ab_GNCC)
+    before_decay_GNCK = F.pad(pairs.from_start_CD[..., :-1, :], (0, 0, 1, 0), value=1.0)
+    u_GNCV, before_GNKV, state_GKV = hand_over_corrected(
+        pairs.whole_D1,
+        (k_GNCK * pairs.to_end_CD).mT @ v_GNCV,
+        b_GNCK * pairs.to_end_CD,
+        inverse_GNCC @ (ak_GNCC @ v_GNCV),
+        inverse_GNCC @ (a_GNCK * before_decay_GNCK),
+        state_GKV,
+    )
+    o_GNCV = (q_GNCK * pairs.from_start_CD) @ before_GNKV
+    written = torch.stack((u_GNCV, v_GNCV), dim=-2).flatten(-3, -2)  # as the columns b and k are: next to each other
+    return add_product(o_GNCV, pairs.scores_CRCS[..., 0, :, :].flatten(-2), written), state_GKV
+
+
+def _one_later(x_CC: Tensor) -> Tensor:
+    """Rows moved down by one, the first row zero: from where a row stood to the token it belongs to."""
+    return F.pad(x_CC[..., :-1, :], (0, 0, 1, 0))
