@@ -40,16 +40,24 @@ class Mixer(nn.Module, ABC):
         label: the name in tables.
         paper: where it is described.
         uses_rope: whether it rotates queries and keys by default.
+        backends: forms its recurrence can run in; conformance runs each that works on the machine against the others.
         Options: its frozen keyword-only dataclass of options.
+
+    Attributes:
+        backend: the form asked for, one of `backends` or "auto".
+        used_backend: the form that ran last; None before the first call.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
     paper: ClassVar[str]
     uses_rope: ClassVar[bool]
+    backends: ClassVar[tuple[str, ...]] = ("torch",)
     Options: ClassVar[type]
 
     options: Any
+    backend: str = "auto"
+    used_backend: str | None = None
     layer_index: int
     _fresh: frozenset[str] = frozenset()  # sub-modules that the teacher has no weights for
 
@@ -80,6 +88,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token that follows `length` others, projections included."""
+
+    def projection_flops(self) -> float:
+        """Floating-point operations of the linear layers for one token."""
+        return 2.0 * sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Parameters with no counterpart in the teacher."""
