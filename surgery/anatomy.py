@@ -1,13 +1,16 @@
-"""Reads the attention of a Hugging Face decoder into AttentionViews, or says what does not fit.
+"""Reads the attention of any Hugging Face decoder into AttentionViews, or says why it cannot be operated on.
 
-Understood today: decoders whose layers hold q_proj, k_proj, v_proj and o_proj apart, with optional biases and optional
-per-head norms of queries and keys (Llama, Mistral, Qwen2, Qwen3 and others built alike). A view is not taken on trust:
-each layer is run on a few random tokens and must agree with attention rebuilt from its view.
+Nothing here knows a family by name: layers, projections and norms are found by their structure (layouts.py has the ways
+families store them), and a view is not taken on trust. The model is run on a few tokens, and attention rebuilt from
+each view must give what the model's own attention gave.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,39 +20,51 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from halobench.errors import UserError
 from halobench.mixers.contract import MixerContext
 from halobench.mixers.softmax import SoftmaxMixer, SoftmaxOptions
-from halobench.mixers.view import AttentionView
+from halobench.mixers.view import AttentionView, NormView
+from halobench.surgery.layouts import (
+    ATTENTIONS,
+    BIASES,
+    FOREIGN,
+    HARMLESS,
+    LAYER_LISTS,
+    NORMS,
+    OUTPUTS,
+    PROJECTIONS,
+    ROTATES,
+    Heads,
+    Projections,
+    read_norm,
+    rotation,
+    weights_of,
+)
 
-PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
-NORMS = ("q_norm", "k_norm")
-# Sub-modules and parameters that betray another kind of attention, and what it is called.
-FOREIGN = {
-    "qkv_proj": "fused q, k and v",
-    "c_attn": "fused q, k and v",
-    "query_key_value": "fused q, k and v",
-    "Wqkv": "fused q, k and v",
-    "kv_a_proj_with_mqa": "latent attention",
-    "kv_b_proj": "latent attention",
-    "sinks": "attention sinks",
-    "in_proj": "a mixer that is not attention",
-    "conv1d": "a mixer that is not attention",
-}
-FITS = "decoders with separate q_proj, k_proj, v_proj, o_proj fit, such as llama, mistral, qwen2, qwen3"
 PROBE_TOKENS = 8
+DECODERS = (
+    "decoders of softmax attention can be converted, such as Llama, Qwen, Gemma, Phi, GPT-NeoX (docs/families.md)"
+)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
-    """The decoder's layers, and the attribute of a layer that holds its attention."""
-    family = getattr(model.config, "model_type", type(model).__name__)
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UserError(f"{family} is an encoder-decoder; only decoders can be converted ({FITS})")
+    """The decoder's layers, and the attribute of a layer that holds its attention.
+
+    Raises:
+        UserError: it is no decoder, or some layer has no attention.
+    """
+    family = model.config.model_type
+    refuse_config(model.config)
     decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise UserError(f"{family} keeps its layers in no list called 'layers'; {FITS}")
-    lacking = [index for index, layer in enumerate(layers) if not hasattr(layer, "self_attn")]
+    layers = next((x for name in LAYER_LISTS if isinstance(x := getattr(decoder, name, None), nn.ModuleList)), None)
+    if layers is None:
+        raise UserError(f"{family} keeps its layers in no list called {', '.join(LAYER_LISTS)}; {DECODERS}")
+    places = {index: [name for name in ATTENTIONS if hasattr(layer, name)] for index, layer in enumerate(layers)}
+    lacking = [index for index, found in places.items() if not found]
     if lacking:
-        raise UserError(f"layers {lacking} of {family} have no 'self_attn'; {FITS}")
-    return layers, "self_attn"
+        kinds = {type(layers[index]).__name__ for index in lacking}
+        raise UserError(
+            f"layers {_some(lacking)} of {family} have no attention ({', '.join(sorted(kinds))}): it is a hybrid or a "
+            f"state-space model already; {DECODERS}"
+        )
+    return layers, places[0][0]
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
@@ -59,129 +74,231 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 
 
 def read_attention(model: PreTrainedModel) -> list[AttentionView]:
-    """One view for each layer. Weights are the model's own, not copies.
+    """One view for each layer. Weights are the model's own, not copies, wherever its layout allows.
 
     Raises:
         UserError: the attention is of a kind that is not understood; the message names the layer and what does not fit.
     """
-    layers, name = decoder_layers(model)
-    views = [_read_layer(model, index, getattr(layer, name)) for index, layer in enumerate(layers)]
+    modules = attention_modules(model)
+    views = [_read_layer(model, index, attention) for index, attention in modules.items()]
     if views[0].q_weight.device.type != "meta":
-        for view, layer in zip(views, layers, strict=True):
-            _check_view(model, view, getattr(layer, name))
+        _check_views(model, views, modules)
     return views
 
 
 def describe(config: PretrainedConfig) -> list[AttentionView]:
     """The views a model of this config would have, without weights (on the meta device)."""
-    with torch.device("meta"):
-        return read_attention(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+    return read_attention(empty_model(config))
 
 
-def _read_layer(model: PreTrainedModel, index: int, attention: nn.Module) -> AttentionView:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of this config without weights, on the meta device."""
+    refuse_config(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except ValueError as error:
+        raise UserError(f"{config.model_type} has no causal language model in transformers; {DECODERS}") from error
+
+
+def refuse_config(config: PretrainedConfig) -> None:
+    """Raises UserError for what its config alone shows to be no decoder of attention."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{config.model_type} is an encoder-decoder; {DECODERS}")
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise UserError(
+            f"{config.model_type} has layers of {', '.join(sorted(kinds))}, which is neither full nor sliding-window "
+            f"attention (a hybrid or a state-space model already?); {DECODERS}"
+        )
+
+
+def _read_layer(model: PreTrainedModel, index: int, attention: Any) -> AttentionView:
     config = model.config.get_text_config(decoder=True)
     where = f"layer {index} of {config.model_type}"
-    held = {key for key, _ in attention.named_children()} | {
-        key for key, _ in attention.named_parameters(recurse=False)
+    held = {name for name, _ in attention.named_children()} | {
+        name for name, _ in attention.named_parameters(recurse=False)
     }
-    for key in sorted(held & FOREIGN.keys()):
-        raise UserError(f"{where} has {FOREIGN[key]} ({key!r}), which is not understood yet; {FITS}")
-    missing = [key for key in PARTS if not isinstance(getattr(attention, key, None), nn.Linear)]
-    if missing:
-        raise UserError(f"{where} lacks the linear layers {', '.join(missing)}; {FITS}")
-    strange = held - {*PARTS, *NORMS, "rotary_emb", "rotary_fn"}
+    for name in sorted(held & FOREIGN.keys()):
+        raise UserError(f"{where} has {FOREIGN[name]} ({name!r}); {DECODERS}")
+    arguments = inspect.signature(attention.forward).parameters
+    for name in BIASES:
+        if name in arguments:
+            raise UserError(f"{where} adds {name} to its scores, which no mixer can take over; {DECODERS}")
+    heads = _heads(config, attention, where)
+    projections, read = _projections(attention, heads, held, where)
+    output = next((name for name in OUTPUTS if name in held), None)
+    if output is None:
+        raise UserError(f"{where} has no output projection called {', '.join(OUTPUTS)}; {DECODERS}")
+    norms: dict[str, NormView | None] = {}
+    for part, names in NORMS.items():
+        name = next((name for name in names if name in held), None)
+        count = heads.query if part == "q" else heads.key
+        norms[part] = (
+            None if name is None else read_norm(getattr(attention, name), count, heads.size, f"{where}: {name}")
+        )
+        read |= {name} if name else set()
+    strange = held - read - HARMLESS - {output}
     if strange:
-        raise UserError(f"{where} has parts that are not understood: {', '.join(sorted(strange))}; {FITS}")
-    parts: dict[str, nn.Linear] = {key: getattr(attention, key) for key in PARTS}
-    head_dim = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads, kv_heads = (parts[key].weight.shape[0] // head_dim for key in ("q_proj", "k_proj"))
-    expected = {
-        "q_proj": (heads * head_dim, config.hidden_size),
-        "k_proj": (kv_heads * head_dim, config.hidden_size),
-        "v_proj": (kv_heads * head_dim, config.hidden_size),
-        "o_proj": (config.hidden_size, heads * head_dim),
-    }
-    for key, shape in expected.items():
-        if tuple(parts[key].weight.shape) != shape:
-            got = tuple(parts[key].weight.shape)
-            raise UserError(f"{where}: {key} has shape {got}, expected {shape} for heads of {head_dim}; {FITS}")
-    if heads % kv_heads:
-        raise UserError(f"{where}: {heads} query heads cannot share {kv_heads} key/value heads evenly; {FITS}")
-    biases: dict[str, Any] = {f"{key[0]}_bias": parts[key].bias for key in PARTS}
-    norms: dict[str, Any] = {
-        f"{key}_weight": _norm_weight(getattr(attention, key, None), head_dim, f"{where}: {key}") for key in NORMS
-    }
-    rotary_dim = _rotary_dim(model, attention, head_dim)
-    return AttentionView(
+        raise UserError(f"{where} has parts that are not understood: {', '.join(sorted(strange))}; {DECODERS}")
+    o_weight, o_bias = weights_of(getattr(attention, output), f"{where}: {output}")
+    rotary_dim = _rotary_dim(model, attention, index, heads.size)
+    interleaved, table_interleaved = rotation(attention) if rotary_dim else (False, False)
+    view = AttentionView(
         layer_index=index,
         hidden_size=config.hidden_size,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        **{f"{key[0]}_weight": parts[key].weight for key in PARTS},
-        **biases,
-        **norms,
-        norm_eps=getattr(config, "rms_norm_eps", 1e-6),
-        scaling=getattr(attention, "scaling", head_dim**-0.5),
+        num_heads=heads.query,
+        num_kv_heads=heads.key,
+        head_dim=heads.size,
+        q_weight=projections.q[0], k_weight=projections.k[0], v_weight=projections.v[0], o_weight=o_weight,
+        q_bias=projections.q[1], k_bias=projections.k[1], v_bias=projections.v[1], o_bias=o_bias,
+        q_norm=norms["q"], k_norm=norms["k"],
+        norm_eps=next((e for n in ("rms_norm_eps", "layer_norm_eps") if (e := getattr(config, n, None))), 1e-6),
+        scaling=getattr(attention, "scaling", heads.size**-0.5),
         rope=rotary_dim > 0,
         rotary_dim=rotary_dim,
-        sliding_window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+        rope_interleaved=interleaved,
+        rope_table_interleaved=table_interleaved,
+        sliding_window=_window(config, attention, index),
         soft_cap=getattr(attention, "attn_logit_softcapping", None),
+        clip=getattr(config, "clip_qkv", None),
+        sinks=getattr(attention, "sinks", None),
         init_std=getattr(config, "initializer_range", 0.02),
-    )
+    )  # fmt: skip
+    _check_shapes(view, where)
+    return view
 
 
-def _norm_weight(norm: nn.Module | None, head_dim: int, where: str) -> Tensor | None:
-    """The weight of a per-head RMSNorm; a norm of another shape or formula is refused."""
-    if norm is None:
-        return None
-    weight = getattr(norm, "weight", None)
-    if not isinstance(weight, Tensor) or weight.shape != (head_dim,):
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else "no weight"
-        raise UserError(f"{where} has {got}, expected one weight per feature of a head, ({head_dim},); {FITS}")
-    return weight
+def _heads(config: Any, attention: Any, where: str) -> Heads:
+    """Head counts and size, from the module where it says them and from the config else."""
+    query = getattr(config, "num_attention_heads", None)
+    if query is None:
+        raise UserError(f"{where} has no attention heads: it is a state-space model already; {DECODERS}")
+    size = next((s for n in ("head_dim", "head_size") if (s := getattr(attention, n, None))), None)
+    size = size or getattr(config, "head_dim", None) or config.hidden_size // query
+    key = getattr(config, "num_key_value_heads", None) or query
+    if query % key:
+        raise UserError(f"{where}: {query} query heads cannot share {key} key/value heads evenly; {DECODERS}")
+    return Heads(query=query, key=key, size=size)
 
 
-def _rotary_dim(model: PreTrainedModel, attention: nn.Module, head_dim: int) -> int:
+def _projections(attention: Any, heads: Heads, held: set[str], where: str) -> tuple[Projections, set[str]]:
+    """The projections, and the names of the parts they were read from."""
+    for names, read in PROJECTIONS:
+        if held >= set(names):
+            return read(attention, heads, where), set(names)
+    known = "; ".join(", ".join(names) for names, _ in PROJECTIONS)
+    raise UserError(f"{where} has the parts {', '.join(sorted(held))}, expected its projections as {known}; {DECODERS}")
+
+
+def _check_shapes(view: AttentionView, where: str) -> None:
+    queries, keys = view.num_heads * view.head_dim, view.num_kv_heads * view.head_dim
+    expected = {
+        "q": (view.q_weight, (queries, view.hidden_size)),
+        "k": (view.k_weight, (keys, view.hidden_size)),
+        "v": (view.v_weight, (keys, view.hidden_size)),
+        "o": (view.o_weight, (view.hidden_size, queries)),
+    }
+    for name, (weight, shape) in expected.items():
+        if tuple(weight.shape) != shape:
+            raise UserError(
+                f"{where}: the {name} projection has shape {tuple(weight.shape)}, expected {shape} for "
+                f"{view.num_heads} heads of {view.head_dim} on {view.num_kv_heads}; {DECODERS}"
+            )
+
+
+def _rotary_dim(model: PreTrainedModel, attention: Any, index: int, head_dim: int) -> int:
     """Features of a head that RoPE turns; 0 for a layer without RoPE."""
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    if rotary is None or not getattr(attention, "use_rope", True):
+    config = model.config.get_text_config(decoder=True)
+    rotates = ROTATES.get(config.model_type, lambda module: getattr(module, "use_rope", True))
+    if rotary is None or not rotates(attention):
         return 0
-    frequencies = getattr(rotary, "inv_freq", None)
+    kinds = getattr(config, "layer_types", None)
+    names = ["inv_freq", *([f"{kinds[index]}_inv_freq"] if kinds else [])]
+    frequencies = next((f for name in names if (f := getattr(rotary, name, None)) is not None), None)
     if frequencies is None:
-        kind = model.config.model_type
-        raise UserError(f"{kind} has rotary tables of several kinds, which is not understood yet; {FITS}")
-    return min(head_dim, 2 * frequencies.numel())
+        raise UserError(f"{config.model_type} has rotary tables without frequencies ({', '.join(names)}); {DECODERS}")
+    return min(head_dim, 2 * frequencies.shape[-1])
 
 
-@torch.no_grad()
-def _check_view(model: PreTrainedModel, view: AttentionView, attention: Any) -> None:
-    """Runs the layer and attention rebuilt from `view` on the same random tokens; a difference is an error.
+def _window(config: Any, attention: Any, index: int) -> int | None:
+    """Tokens a query of this layer sees, itself included; None is all."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[index] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+
+
+def source_windows(model: PreTrainedModel) -> list[int | None]:
+    """The window of each layer's attention, in tokens; None is all. Of no meaning where another mixer stands."""
+    config = model.config.get_text_config(decoder=True)
+    return [_window(config, attention, index) for index, attention in attention_modules(model).items()]
+
+
+def _check_views(model: PreTrainedModel, views: Sequence[AttentionView], modules: dict[int, nn.Module]) -> None:
+    """Runs the model on a few tokens, and attention rebuilt from each view on what its layer saw.
 
     This is what catches a rotation of another layout, a norm of another formula or place, a factor nobody declared.
     """
-    weight = view.q_weight
-    generator = torch.Generator().manual_seed(view.layer_index)
-    hidden = torch.randn(1, PROBE_TOKENS, view.hidden_size, generator=generator).to(weight.device, weight.dtype)
-    positions = torch.arange(PROBE_TOKENS, device=weight.device)[None]
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    tables = None if rotary is None else rotary(hidden, positions)
-    later = torch.ones(PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=weight.device).triu(1)
-    mask = torch.zeros(1, 1, *later.shape, dtype=weight.dtype, device=weight.device)
-    mask = mask.masked_fill(later, torch.finfo(weight.dtype).min)
-    was_training = attention.training
-    attention.eval()
+    seen = watch_attention(model, _probe(model), modules)
+    for view in views:
+        hidden, tables, expected = seen[view.layer_index]
+        plain = SoftmaxOptions(rope=view.rope, output_gate=False, sliding_window=False)
+        rebuilt = SoftmaxMixer.from_attention(view, plain).eval()
+        with torch.no_grad():
+            got = rebuilt(hidden, position_embeddings=tables, context=MixerContext.plain(PROBE_TOKENS, hidden.device))
+        error = ((got - expected).float().norm() / expected.float().norm().clamp(min=1e-30)).item()
+        allowed = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 3e-2
+        if not error <= allowed:
+            raise UserError(
+                f"layer {view.layer_index} of {model.config.model_type} does not compute what its weights say: "
+                f"attention rebuilt from them differs by {error:.1e} of its size; it needs an adapter; {DECODERS}"
+            )
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    table: Any = model.get_input_embeddings().weight
+    ids = torch.randint(0, table.shape[0], (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids.to(table.device)
+
+
+@torch.no_grad()
+def watch_attention(
+    model: Any, tokens_BT: Tensor, modules: dict[int, nn.Module]
+) -> dict[int, tuple[Tensor, Any, Tensor]]:
+    """One pass of the model: per layer what its attention was given (hidden states, rotary tables) and what it gave."""
+    seen: dict[int, tuple[Tensor, Any, Tensor]] = {}
+
+    def hook(layer: int) -> Any:
+        def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            seen[layer] = (hidden, kwargs.get("position_embeddings"), output[0])
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(layer), with_kwargs=True) for layer, module in modules.items()]
     try:
-        expected = attention(hidden_states=hidden, position_embeddings=tables, attention_mask=mask)[0]
+        with _evaluating(model):
+            model.get_decoder()(input_ids=tokens_BT, use_cache=False)
     finally:
-        attention.train(was_training)
-    options = SoftmaxOptions(rope=view.rope, output_gate=False, sliding_window=False)
-    rebuilt = SoftmaxMixer.from_attention(view, options).eval()
-    got = rebuilt(hidden, position_embeddings=tables, context=MixerContext(positions_BT=positions))
-    error = ((got - expected).float().norm() / expected.float().norm().clamp(min=1e-30)).item()
-    allowed = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
-    if not error <= allowed:
-        raise UserError(
-            f"layer {view.layer_index} of {model.config.model_type} does not compute what its weights say: attention "
-            f"rebuilt from them differs by {error:.1e} of its size; the family needs an adapter ({FITS})"
-        )
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _some(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:6])) + (", .." if len(indices) > 6 else "")

@@ -55,7 +55,23 @@ def read_batch(facts: BatchFacts, *, kept: bool, mixed: bool) -> dict[str, Any]:
     # A ready-made 4-d mask is passed on as it is; with no source attention to read it, an empty one saves the full one.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=facts.device)
     attention_mask = facts.attention_mask if kept else unread
+    positions = _carrying(positions, context)
     return {"attention_mask": attention_mask, "position_ids": positions, "mixer_context": context}
+
+
+# Some families (StableLM) pass no further keyword arguments on to their attention, but all pass the positions on as
+# they came: the context travels on that tensor too. Gradient checkpointing keeps it, for it keeps the tensor.
+
+
+def _carrying(positions: Tensor, context: MixerContext) -> Tensor:
+    carrier = positions.view(positions.shape)  # not the caller's own object
+    carrier.mixer_context = context  # type: ignore[attr-defined]
+    return carrier
+
+
+def carried(positions: Tensor | None) -> MixerContext | None:
+    """The context that `read_batch` put on the positions."""
+    return getattr(positions, "mixer_context", None)
 
 
 def _padding(facts: BatchFacts, past: int) -> Tensor | None:

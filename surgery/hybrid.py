@@ -20,8 +20,8 @@ from halobench.mixers import MIXERS
 from halobench.mixers.cache import FIRST_ROOM, HybridCache
 from halobench.mixers.contract import Mixer, MixerContext, build_mixer
 from halobench.surgery import heads
-from halobench.surgery.anatomy import decoder_layers, read_attention
-from halobench.surgery.batch import BatchFacts, read_batch
+from halobench.surgery.anatomy import decoder_layers, read_attention, source_windows
+from halobench.surgery.batch import BatchFacts, carried, read_batch
 from halobench.surgery.plan import KEEP, SurgeryPlan
 
 # Fields of the source's config that transformers, generate() and lm-eval look up on the model's own.
@@ -53,13 +53,13 @@ class HybridConfig(PretrainedConfig):
     plan: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        source = self.source or {}
+        source = AutoConfig.for_model(**self.source).get_text_config(decoder=True) if self.source else None
         for name in DELEGATED:
             kwargs.pop(name, None)
-            if name in source:
-                setattr(self, name, source[name])
+            if hasattr(source, name):  # under the source's own name for it, such as n_layer
+                setattr(self, name, getattr(source, name))
         for name in TOKEN_IDS:
-            setattr(self, name, kwargs.pop(name, source.get(name)))
+            setattr(self, name, kwargs.pop(name, getattr(source, name, None)))
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -71,12 +71,10 @@ class HybridConfig(PretrainedConfig):
         return config
 
     def source_config(self) -> PretrainedConfig:
-        """The source's config as its own class; its choice of attention kernel is this config's."""
+        """The source's config as its own class."""
         if not self.source or not self.plan:
             raise UserError("a hybrid's config needs 'source' and 'plan'; it may not have been written by halobench")
-        config = AutoConfig.for_model(**self.source)
-        config._attn_implementation = self._attn_implementation
-        return config
+        return AutoConfig.for_model(**self.source)
 
     def surgery_plan(self) -> SurgeryPlan:
         """The plan as an object."""
@@ -96,13 +94,17 @@ class MixerAdapter(nn.Module):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: HybridCache | None = None,
+        layer_past: HybridCache | None = None,
+        position_ids: Tensor | None = None,
         mixer_context: MixerContext | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if mixer_context is None:
+            mixer_context = carried(position_ids)
+        if mixer_context is None:
             raise UserError("call the HybridForCausalLM, not the decoder inside it: its mixers need to see the batch")
         # The cache comes from the layer's own argument: gradient checkpointing takes it away there.
-        context = replace(mixer_context, cache=past_key_values)
+        context = replace(mixer_context, cache=past_key_values if layer_past is None else layer_past)
         return self.mixer(hidden_states, position_embeddings=position_embeddings, context=context), None
 
 
@@ -126,10 +128,13 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self, config: HybridConfig, backbone: PreTrainedModel | None = None, mixers: Mapping[int, Mixer] | None = None
     ) -> None:
+        asked = config._attn_implementation  # for a kernel by the user; what this class would choose means nothing
         super().__init__(config)
         if backbone is None:
             source = config.source_config()
+            source._attn_implementation = asked
             backbone = AutoModelForCausalLM.from_config(source, dtype=torch.get_default_dtype())
+            config._attn_implementation = backbone.config._attn_implementation
         self.backbone = backbone
         self._replace_attention(config.surgery_plan(), mixers or {})
         self.post_init()
@@ -225,6 +230,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         modules = ((index, getattr(layer, name)) for index, layer in enumerate(layers))
         return {index: module.mixer for index, module in modules if isinstance(module, MixerAdapter)}
 
+    def backends(self) -> dict[str, str]:
+        """What ran: per kind of mixer the form of its recurrence in the last call, and the source's own attention."""
+        found = {mixer.name: mixer.used_backend or "torch" for mixer in self.mixer_modules().values()}
+        kept, _ = self._kinds()
+        return {**({"keep": str(self.backbone.config._attn_implementation)} if kept else {}), **found}
+
     def set_logits_scale(self, base: float | None) -> None:
         """Sets `a` of s_t = log(t + a) / log(a) in every softmax mixer, here and in the config; None is no scaling."""
         for mixer in self.mixer_modules().values():
@@ -238,7 +249,9 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self, room: int = FIRST_ROOM) -> HybridCache:
         """An empty cache for this model; see HybridCache."""
-        return HybridCache(self.config.num_hidden_layers, room)
+        mixed = self.mixer_modules()
+        windows = [None if i in mixed else window for i, window in enumerate(source_windows(self.backbone))]
+        return HybridCache(len(windows), room, windows=windows)
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_length: int

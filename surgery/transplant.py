@@ -14,7 +14,7 @@ from halobench.config import to_dict
 from halobench.errors import UserError
 from halobench.mixers import MIXERS
 from halobench.mixers.contract import Mixer, build_mixer
-from halobench.surgery.anatomy import decoder_layers, read_attention
+from halobench.surgery.anatomy import attention_modules, decoder_layers, read_attention
 from halobench.surgery.hybrid import HybridConfig, HybridForCausalLM, MixerAdapter
 from halobench.surgery.plan import KEEP, SurgeryPlan
 
@@ -53,7 +53,9 @@ def transplant(
         for index in fresh:
             layer = plan.layers[index]
             chosen[index] = build_mixer(MIXERS.get(layer.mixer), views[index], layer.options)
-    backbone = copy.deepcopy(source)
+    # Attention that is replaced is never copied: deepcopy takes the adapters for copies made already.
+    originals = attention_modules(source)
+    backbone = copy.deepcopy(source, {id(originals[index]): MixerAdapter(mixer) for index, mixer in chosen.items()})
     with no_init_weights():  # all weights are there already
         student = HybridForCausalLM(HybridConfig.of(source.config, plan), backbone=backbone, mixers=chosen)
     if source.generation_config is not None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halobench.mixers.contract import Mixer, MixerContext
-from halobench.surgery.anatomy import attention_modules
-from halobench.surgery.heads import final_hidden
+from halobench.surgery.anatomy import attention_modules, watch_attention
 
 
 class Alignment:
@@ -43,7 +42,8 @@ class Alignment:
     def loss(self, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Sum over tokens of the mean over layers of the squared error per channel, and the number of tokens."""
         inputs = tokens_BT[:, :-1]
-        seen = self._watch(inputs)
+        modules = attention_modules(self.teacher)
+        seen = watch_attention(self.teacher, inputs, {layer: modules[layer] for layer in self.mixers})
         total = torch.zeros((), device=inputs.device)
         context = MixerContext.plain(inputs.shape[1], inputs.device)
         for layer, (hidden, positions, target) in seen.items():
@@ -54,24 +54,3 @@ class Alignment:
             total = total + (error / scale if self.relative else error)
         count = torch.tensor(float(inputs.numel()), device=inputs.device)
         return total / len(seen) * count, count
-
-    @torch.no_grad()
-    def _watch(self, inputs_BT: Tensor) -> dict[int, tuple[Tensor, Any, Tensor]]:
-        """One teacher pass: per layer the attention's input, its rotary tables and its output."""
-        seen: dict[int, tuple[Tensor, Any, Tensor]] = {}
-
-        def hook(layer: int) -> Any:
-            def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                seen[layer] = (hidden, kwargs.get("position_embeddings"), output[0])
-
-            return keep
-
-        modules = attention_modules(self.teacher)
-        handles = [modules[layer].register_forward_hook(hook(layer), with_kwargs=True) for layer in self.mixers]
-        try:
-            final_hidden(self.teacher, inputs_BT)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
