@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from halobench.config import to_dict
-from halobench.errors import UserError
+from halobench.errors import HalobenchError, UserError
 from halobench.files import atomic_path, read_json, write_json
 from halobench.mixers import MIXERS
 from halobench.mixers.contract import Mixer, build_mixer
@@ -82,7 +82,7 @@ def load_model(
         what = "cannot be loaded" if folder.exists() else "is neither a folder here nor a model the hub will give"
         raise UserError(f"{path} {what}: {reason}") from error
     model, report = loaded
-    _check_report(path, report)
+    check_report(path, report)
     return model.to(device).eval() if device is not None else model.eval()
 
 
@@ -109,36 +109,57 @@ def load_config(path: str | Path) -> PretrainedConfig:
 def _check_folder(folder: Path) -> None:
     """What can be told before anything is loaded."""
     _check_json(folder)
-    for file in _weight_files(folder):
+    weight_files(folder)
+
+
+def _check_json(folder: Path) -> None:
+    """The configuration is there, is JSON, and is of a known kind."""
+    config = model_json(folder)
+    kind = config.get("model_type")
+    if kind != HybridConfig.model_type and kind not in CONFIG_MAPPING:
+        if kind in ("hypenet", "hybrid") and "mixer_types" in config:
+            raise UserError(f"{folder} is a released HypeNet; `halobench import {folder} -o OUT` makes it one of ours")
+        if "auto_map" in config:
+            raise UserError(f"{folder} needs code of its own (model_type {kind!r}, auto_map); halobench runs none")
+        raise UserError(f"{folder} has model_type {kind!r}, which this transformers does not know")
+
+
+def model_json(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder, of whatever kind; UserError when there is none that can be read."""
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; give the folder that holds config.json and the weights")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no config.json; it is not a model folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it may be damaged or half-written") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__} in place of fields; it is no model's config")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model folder, each of which can be opened; pickles are never read."""
+    files = _named_files(folder)
+    for file in files:
         try:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged or cut short ({error}); copy or download it again") from error
+    return files
 
 
-def _check_json(folder: Path) -> None:
-    """The configuration is there, is JSON, and is of a known kind."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file; give the folder that holds config.json and the weights")
-    config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise UserError(f"{folder} has no config.json; it is not a model folder")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config_path} is not valid JSON ({error}); it may be damaged or half-written") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != HybridConfig.model_type and kind not in CONFIG_MAPPING:
-        if isinstance(config, dict) and "auto_map" in config:
-            raise UserError(f"{folder} needs code of its own (model_type {kind!r}, auto_map); halobench runs none")
-        raise UserError(f"{folder} has model_type {kind!r}, which this transformers does not know")
-
-
-def _weight_files(folder: Path) -> list[Path]:
+def _named_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (HalobenchError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged: it names no weight files; copy or download it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UserError(f"{folder} lacks the weight files {_some(missing)}, which its index names")
@@ -151,7 +172,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no model.safetensors; it holds no weights")
 
 
-def _check_report(path: str | Path, report: dict[str, Any]) -> None:
+def check_report(path: str | Path, report: dict[str, Any]) -> None:
     """Refuses a checkpoint whose tensors are not exactly the model's."""
     problems = []
     for key, word in (("missing_keys", "lacks"), ("unexpected_keys", "has beyond the model"), ("mismatched_keys", "")):
@@ -230,5 +251,5 @@ def _fill(mixer: Mixer, saved: dict[str, torch.Tensor], where: str) -> None:
             if name in saved and saved[name].shape != tensor.shape
         ],
     }
-    _check_report(where, report)
+    check_report(where, report)
     mixer.load_state_dict(saved)

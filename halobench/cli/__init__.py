@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from halobench.cli import convert, demo, evaluate, lists, plan, profile, report, select, teacher
+from halobench.cli import checkpoints, convert, demo, evaluate, lists, plan, profile, report, select, teacher
 from halobench.errors import HalobenchError
 
 INTERRUPTED = 130  # the shell's number for it
@@ -26,6 +26,8 @@ app.command("select")(select.select)
 app.command("eval")(evaluate.evaluate)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)
+app.command("import")(checkpoints.import_checkpoint)
+app.command("export")(checkpoints.export_checkpoint)
 app.add_typer(teacher.app, name="teacher")
 app.command("doctor")(lists.doctor)
 app.command("recipes")(lists.recipes)
