@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halobench.assets import SHAPES
+from halobench.budget import Budget, Fit, fit
 from halobench.config import to_dict
+from halobench.costs import DecoderCosts, attention_costs, backbone_of, mixer_costs
+from halobench.errors import UserError
 from halobench.models import resolve
 from halobench.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
-ASSUMED_FLOPS = (
-    300e12  # what a well-fed H200 sustains in bf16 training; an estimate, said to be one wherever it is shown
-)
+    from halobench.mixers.contract import Mixer
+    from halobench.mixers.view import AttentionView
+    from halobench.surgery.hybrid import HybridForCausalLM
+    from halobench.surgery.loop import LoopConfig
+    from halobench.surgery.plan import SurgeryPlan
+
+ASSUMED_FLOPS = 300e12
+ASSUMPTION = f"one H200 at {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s (an estimate), backward counted as twice forward"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRow:
-    """One layer of the plan; copied and new are parameters of its token mixer."""
+    """One layer. attention: the teacher's, in words. becomes: a mixer's name, or "keep" for the teacher's own.
+
+    parameters: of the token mixer; copied of them start as the teacher's, new ones do not.
+    """
 
     layer: int
+    attention: str
     becomes: str
     parameters: int
     copied: int
@@ -31,8 +45,19 @@ class LayerRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MixerParts:
+    """What one kind of mixer takes from the teacher and what it adds, by the names of its parts."""
+
+    mixer: str
+    label: str
+    layers: list[int]
+    copied: list[str]
+    new: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryRow:
-    """Cache bytes at one context length: the teacher's KV, the hybrid's KV and its fixed-size state."""
+    """Cache bytes after `length` tokens, batch 1, bf16: the teacher's KV, the hybrid's KV, and its recurrent state."""
 
     length: int
     teacher: int
@@ -41,81 +66,267 @@ class MemoryRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """The whole dry run. chosen: the layers were given; otherwise they are evenly spaced for the sake of the table."""
+class FlopsRow:
+    """Floating-point operations at `length`: of decoding the next token, and of reading a prompt of that length."""
 
+    length: int
+    teacher_token: float
+    hybrid_token: float
+    teacher_prompt: float
+    hybrid_prompt: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """A training stage of the recipe; hours as `Drawn.assumption` says."""
+
+    stage: str
+    tokens: int
+    hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The whole dry run; `halobench plan --json` prints these fields under these names.
+
+    kept: the layers that stay softmax attention. chosen: they were named; otherwise they are evenly spaced for the sake
+    of the tables, and the recipe's selector decides after alignment. mixers: one entry for each kind of mixer.
+    teacher_active, hybrid_active: matrix elements that multiply one token (of experts only those visited, and not the
+    embedding's look-up). budget: the answer to --budget, with the budget itself; null without one.
+    """
+
+    teacher: str
+    recipe: str
+    mixer: str
+    kept: list[int]
+    chosen: bool
     layers: list[LayerRow]
-    memory: list[MemoryRow]
+    mixers: list[MixerParts]
     teacher_parameters: int
     hybrid_parameters: int
-    stages: list[tuple[str, int, float]]
-    chosen: bool
+    teacher_active: int
+    hybrid_active: int
+    memory: list[MemoryRow]
+    flops: list[FlopsRow]
+    stages: list[StageRow]
+    assumption: str
+    budget: Fit | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return to_dict(self)
 
 
+def shape_names() -> list[str]:
+    """The teachers whose configurations ship with the package."""
+    return sorted(path.stem for path in SHAPES.glob("*.json"))
+
+
 def teacher_config(teacher: str) -> PretrainedConfig:
-    """The configuration of a shape that ships with the package, a model folder or a hub name."""
+    """The configuration of a shape that ships with the package, a config file, a model folder or a hub name."""
+    from halobench.surgery import HybridConfig
     from halobench.surgery.checkpoint import load_config
 
-    shape = SHAPES / f"{teacher}.json"
-    return load_config(shape if shape.exists() else Path(resolve(teacher)))
+    given = Path(teacher).expanduser()
+    if teacher in shape_names():
+        config = load_config(SHAPES / f"{teacher}.json")
+    elif given.suffix == ".json" and given.is_file():
+        config = load_config(given)
+    elif teacher == "tiny" or given.exists() or teacher.count("/") == 1:
+        config = load_config(resolve(teacher))
+    else:
+        near = get_close_matches(teacher, shape_names(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(
+            f"teacher {teacher!r} not found; {hint}give a model folder, its config.json, a hub name (owner/name), "
+            f"`tiny`, or a shape: {', '.join(shape_names())}"
+        )
+    if isinstance(config, HybridConfig):
+        raise UserError(f"teacher {teacher!r} is a hybrid already; plan for the model it was made from")
+    return config
 
 
-def draw_up(teacher: str, recipe: Recipe, given: tuple[int, ...] | None, lengths: list[int]) -> Drawn:
-    """What the recipe would make of the teacher. No weights are read."""
+def draw_up(
+    teacher: str, recipe: Recipe, given: tuple[int, ...] | None, lengths: list[int], budget: Budget | None = None
+) -> Drawn:
+    """What the recipe would make of the teacher. No weights are read.
+
+    Args:
+        teacher: what `teacher_config` takes.
+        given: the layers to keep; otherwise the recipe's `keep` says how many, or the budget how many it allows.
+        lengths: context lengths of the memory and FLOPs tables.
+
+    Raises:
+        UserError: the teacher is not one that can be converted, or the layers kept make no plan.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from halobench.surgery import SurgeryPlan, transplant
+    from halobench.surgery import transplant
+    from halobench.surgery.anatomy import describe
 
     config = teacher_config(teacher)
+    views = describe(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        plan = SurgeryPlan.for_model(
-            config,
-            mixer=recipe.mixer,
-            keep=list(given) if given else recipe.kept_count(config.num_hidden_layers),
-            mixer_options=recipe.mixer_options,
-            softmax_options={**recipe.softmax_options, "rope": not recipe.hype},
-        )
+        answer = None if budget is None else _fitting(budget, recipe, views)
+        keep = answer.keep if answer is not None else (list(given) if given else recipe.keep)
+        plan = _plan(config, recipe, keep, len(views))
         student = transplant(model, plan)
     mixers = student.mixer_modules()
-    rows = []
-    for layer, layer_plan in enumerate(plan.layers):
-        copied = sum(p.numel() for p in mixers[layer].copied_parameters())
-        new = sum(p.numel() for p in mixers[layer].new_parameters())
-        rows.append(LayerRow(layer=layer, becomes=layer_plan.mixer, parameters=copied + new, copied=copied, new=new))
-    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * heads * width * 2 * config.num_hidden_layers
-    memory = [
-        MemoryRow(
-            length=length,
-            teacher=per_token * length,
-            kv=sum(m.state_bytes(1, length, 2) for i, m in mixers.items() if i in plan.kept),
-            state=sum(m.state_bytes(1, length, 2) for i, m in mixers.items() if i not in plan.kept),
-        )
-        for length in lengths
-    ]
+    before, after = _costs(model, student, views)
     return Drawn(
-        layers=rows,
-        memory=memory,
+        teacher=teacher,
+        recipe=recipe.name,
+        mixer=recipe.mixer,
+        kept=list(plan.kept),
+        chosen=given is not None,
+        layers=[_row(view, mixers.get(index)) for index, view in enumerate(views)],
+        mixers=_parts(mixers, len(views)),
         teacher_parameters=_count(model),
         hybrid_parameters=_count(student),
-        stages=_stages(recipe, _count(model), sum(r.parameters for r in rows), _count(student)),
-        chosen=given is not None,
+        teacher_active=before.active,
+        hybrid_active=after.active,
+        memory=[_memory(length, before, after, plan) for length in lengths],
+        flops=[_flops(length, before, after) for length in lengths],
+        stages=_stages(recipe, before, after, plan),
+        assumption=ASSUMPTION,
+        budget=answer,
     )
 
 
-def _count(module: Any) -> int:
-    return sum(p.numel() for p in module.parameters())
+def attention_kind(view: AttentionView) -> str:
+    """A layer's attention in words: "32 heads of 128, 8 KV, RoPE, QK-norm"."""
+    words = [f"{view.num_heads} heads of {view.head_dim}"]
+    if view.num_kv_heads != view.num_heads:
+        words.append(f"{view.num_kv_heads} KV")
+    turned = view.rotary_dim if view.rope else 0
+    words.append("no RoPE" if not turned else "RoPE" if turned == view.head_dim else f"RoPE on {turned}")
+    extras = {
+        "QK-norm": view.q_norm is not None or view.k_norm is not None,
+        "biases": any(b is not None for b in (view.q_bias, view.k_bias, view.v_bias, view.o_bias)),
+        f"window {view.sliding_window}": view.sliding_window is not None,
+        "soft-cap": view.soft_cap is not None,
+        "clip": view.clip is not None,
+        "sinks": view.sinks is not None,
+    }
+    return ", ".join([*words, *(word for word, there in extras.items() if there)])
 
 
-def _stages(recipe: Recipe, teacher: int, mixers: int, student: int) -> list[tuple[str, int, float]]:
-    """(stage, tokens, hours): 2 operations a parameter forward, 6 forward and backward."""
-    per_token = {"align": 2 * teacher + 6 * mixers, "distil": 2 * teacher + 6 * student, "finetune": 6 * student}
-    budget = {"align": recipe.align.tokens, "distil": recipe.distil.tokens, "finetune": recipe.finetune.tokens}
-    return [(stage, budget[stage], budget[stage] * cost / ASSUMED_FLOPS / 3600) for stage, cost in per_token.items()]
+def _plan(config: PretrainedConfig, recipe: Recipe, keep: int | float | list[int], layers: int) -> SurgeryPlan:
+    """The plan that `convert` would make; one that converts nothing, or keeps nothing by rounding, is refused."""
+    from halobench.surgery import SurgeryPlan
+
+    plan = SurgeryPlan.for_model(
+        config,
+        mixer=recipe.mixer,
+        keep=keep,
+        mixer_options=recipe.mixer_options,
+        softmax_options={**recipe.softmax_options, "rope": not recipe.hype},
+    )
+    if len(plan.kept) == layers:
+        raise UserError(
+            f"all {layers} layers would stay attention, which leaves nothing to convert; keep fewer layers, and use a "
+            "recurrent mixer (see `halobench mixers`)"
+        )
+    if keep and not plan.kept:
+        raise UserError(f"keep={keep} of {layers} layers is less than one; write --keep 1, or --keep 0 to keep none")
+    return plan
+
+
+def _fitting(budget: Budget, recipe: Recipe, views: list[AttentionView]) -> Fit:
+    """The budget's answer: each layer is built both ways, for teachers whose layers differ."""
+    from halobench.mixers import MIXERS
+    from halobench.mixers.contract import build_mixer
+
+    options = {**recipe.softmax_options, "rope": not recipe.hype}
+    kv = [build_mixer(MIXERS.get("softmax"), view, options) for view in views]
+    states = [build_mixer(MIXERS.get(recipe.mixer), view, recipe.mixer_options) for view in views]
+    sizes = [[mixer_costs(mixer).cache(budget.length) for mixer in mixers] for mixers in (kv, states)]
+    return fit(budget, *sizes)
+
+
+def _costs(
+    model: PreTrainedModel, student: HybridForCausalLM, views: list[AttentionView]
+) -> tuple[DecoderCosts, DecoderCosts]:
+    """Of the teacher and of the hybrid. A layer left untouched costs in both what its view says."""
+    backbone = backbone_of(model, views)
+    teacher = DecoderCosts(backbone=backbone, layers=[attention_costs(view) for view in views])
+    mixers = student.mixer_modules()
+    layers = [mixer_costs(mixers[i]) if i in mixers else layer for i, layer in enumerate(teacher.layers)]
+    return teacher, DecoderCosts(backbone=backbone, layers=layers)
+
+
+def _row(view: AttentionView, mixer: Mixer | None) -> LayerRow:
+    if mixer is None:
+        copied, new, becomes = view.parameters, 0, "keep"
+    else:
+        copied, new = (sum(p.numel() for p in own) for own in (mixer.copied_parameters(), mixer.new_parameters()))
+        becomes = mixer.name
+    return LayerRow(
+        layer=view.layer_index,
+        attention=attention_kind(view),
+        becomes=becomes,
+        parameters=copied + new,
+        copied=copied,
+        new=new,
+    )
+
+
+def _parts(mixers: dict[int, Mixer], layers: int) -> list[MixerParts]:
+    """Each kind of mixer once; layers whose mixers hold other parts (a norm the teacher lacks there) are told apart."""
+    found: dict[tuple[str, str, tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    for index in range(layers):
+        if index not in mixers:
+            found.setdefault(("keep", "the teacher's own attention", ("all",), ()), []).append(index)
+            continue
+        mixer = mixers[index]
+        fresh = {id(parameter) for parameter in mixer.new_parameters()}
+        named = [(name.split(".")[0], id(parameter) in fresh) for name, parameter in mixer.named_parameters()]
+        copied, new = (tuple(dict.fromkeys(name for name, is_new in named if is_new == kind)) for kind in (False, True))
+        found.setdefault((mixer.name, mixer.label, copied, new), []).append(index)
+    return [
+        MixerParts(mixer=name, label=label, layers=where, copied=list(copied), new=list(new))
+        for (name, label, copied, new), where in found.items()
+    ]
+
+
+def _memory(length: int, teacher: DecoderCosts, hybrid: DecoderCosts, plan: SurgeryPlan) -> MemoryRow:
+    others = [index for index in range(len(plan.layers)) if index not in plan.kept]
+    return MemoryRow(
+        length=length,
+        teacher=teacher.cache(length),
+        kv=hybrid.cache(length, plan.kept),
+        state=hybrid.cache(length, others),
+    )
+
+
+def _flops(length: int, teacher: DecoderCosts, hybrid: DecoderCosts) -> FlopsRow:
+    return FlopsRow(
+        length=length,
+        teacher_token=teacher.token(length),
+        hybrid_token=hybrid.token(length),
+        teacher_prompt=teacher.prompt(length),
+        hybrid_prompt=hybrid.prompt(length),
+    )
+
+
+def _stages(recipe: Recipe, teacher: DecoderCosts, hybrid: DecoderCosts, plan: SurgeryPlan) -> list[StageRow]:
+    """Alignment trains a recurrent mixer in every layer, the kept ones too, beside the teacher's own forward pass."""
+    recurrent = [index for index in range(len(plan.layers)) if index not in plan.kept]
+    share = len(plan.layers) / len(recurrent)
+    per_token: dict[str, Callable[[int], float]] = {
+        "align": lambda n: teacher.training_token(n) + 3 * share * hybrid.mixing_token(n, recurrent),
+        "distil": lambda n: teacher.training_token(n) + 3 * hybrid.training_token(n),
+        "finetune": lambda n: 3 * hybrid.training_token(n),
+    }
+    rows = []
+    for stage, cost in per_token.items():
+        config: LoopConfig = getattr(recipe, stage)
+        flops = config.tokens * sum(cost(n) for n in config.lengths) / len(config.lengths)
+        rows.append(StageRow(stage=stage, tokens=config.tokens, hours=flops / ASSUMED_FLOPS / 3600))
+    return rows
+
+
+def _count(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

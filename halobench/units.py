@@ -8,6 +8,7 @@ from halobench.errors import UserError
 
 _SCALE = {"": 1, "k": 1024, "m": 1024**2}
 _COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_length(text: str | int) -> int:
@@ -31,6 +32,14 @@ def parse_count(text: str | int | float) -> int:
     return round(float(match[1]) * _COUNT[match[2].lower()])
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes in a size such as "4GB" (4 * 10^9), "3.5 GiB" (3.5 * 2^30) or "512MiB". The unit is required."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b\s*", text, flags=re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise UserError(f"size {text!r} is not a number of bytes with its unit; write 4GB, 3.5GiB or 512MiB")
+    return round(float(match[1]) * (1024 if match[3] else 1000) ** _POWER[match[2].lower()])
+
+
 def format_length(tokens: int) -> str:
     """4096 -> "4K", 1048576 -> "1M", 700 -> "700"."""
     for unit, scale in (("M", 1024**2), ("K", 1024)):
@@ -45,6 +54,14 @@ def format_count(number: float) -> str:
         if number >= scale:
             return f"{number / scale:.3g}{unit}"
     return f"{number:.3g}"
+
+
+def format_flops(operations: float) -> str:
+    """Floating-point operations: 17.6e9 -> "17.6 GFLOP", 8.83e16 -> "88.3 PFLOP"."""
+    for unit, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if operations >= scale:
+            return f"{operations / scale:.3g} {unit}FLOP"
+    return f"{operations:.0f} FLOP"
 
 
 def format_bytes(size: float) -> str:

@@ -179,6 +179,65 @@ def test_plan_needs_no_weights_and_knows_the_released_size(place: Path) -> None:
     assert row["kv"] * 4 == row["teacher"]
 
 
+def test_plan_prints_one_json_document_and_nothing_else_on_stdout(place: Path) -> None:
+    found = in_a_shell(place, "plan", "qwen3-8b", "--budget", "kv=4GB@128k", "--lengths", "4k,128k", "--json")
+    assert found.stdout.count("\n") == 1
+    drawn = json.loads(found.stdout)
+    assert drawn["budget"]["keep"] == len(drawn["kept"]) == 7 and drawn["budget"]["budget"]["size"] == 4 * 10**9
+    assert [row["length"] for row in drawn["flops"]] == [4096, 131072]
+    assert {kind["mixer"] for kind in drawn["mixers"]} == {"lightning", "softmax"}
+    assert [row["stage"] for row in drawn["stages"]] == ["align", "distil", "finetune"] and drawn["assumption"]
+
+
+def test_plan_fits_a_screen_of_100_columns_and_merges_layers_that_are_alike(place: Path) -> None:
+    text = run(place, "plan", "qwen3-8b", "--layers", "1,2,4,6,7,10,24,33,34", "--mixer", "lightning").stdout
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100 and len(lines) < 60
+    named = [line.split()[1] for line in lines if "heads of 128" in line]
+    assert named == ["0", "1-2", "3", "4", "5", "6-7", "8-9", "10", "11-23", "24", "25-32", "33-34", "35"]
+    assert "300 TFLOP/s (an estimate)" in text and "evenly spaced" not in text
+
+
+def test_plan_takes_a_config_file_alone(place: Path, llama: Path) -> None:
+    alone = place / "alone.json"
+    alone.write_text((llama / "config.json").read_text())
+    found = json.loads(run(place, "plan", alone, "--json").stdout)
+    assert found == {**json.loads(run(place, "plan", llama, "--json").stdout), "teacher": str(alone)}
+
+
+PLAN_MISTAKES: list[tuple[list[str], str]] = [
+    (["qwen3-9b"], "did you mean 'qwen3-8b'? give a model folder"),
+    (["nothing"], "or a shape: llama-3.2-3b, qwen3-1.7b, qwen3-8b"),
+    (["tiny", "--mixer", "lightening"], "did you mean 'lightning'"),
+    (["tiny", "--mixer", "softmax"], "nothing to convert"),
+    (["tiny", "--layers", "99"], "keep names layer 99; the model's layers are 0 to"),
+    (["tiny", "--layers", "two"], "write --layers 2,7"),
+    (["tiny", "--keep", "99"], "keep=99 layers of"),
+    (["tiny", "--keep", "0.01"], "less than one"),
+    (["tiny", "--keep", "2", "--layers", "1"], "--layers and --keep each say"),
+    (["tiny", "--keep", "2", "--budget", "kv=1MB@4k"], "--keep and --budget each say"),
+    (["tiny", "--layers", "1", "--budget", "kv=1MB@4k"], "--layers and --budget each say"),
+    (["tiny", "--budget", "4GB"], "write --budget kv=4GB@128k"),
+    (["tiny", "--budget", "kv=4@128k"], "write 4GB, 3.5GiB or 512MiB"),
+    (["qwen3-8b", "--budget", "kv=500MB@128k"], "no softmax layer fits; one needs 512 MiB of KV"),
+    (["tiny", "--budget", "kv=1TB@4k"], "nothing needs converting"),
+    (["tiny", "--lengths", "4q"], "not a number of tokens"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), PLAN_MISTAKES)
+def test_a_mistake_in_a_plan_is_one_clear_line(place: Path, arguments: list[str], expected: str) -> None:
+    found = run(place, "plan", *arguments, check=False)
+    assert found.returncode == 2 and found.stdout == ""
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert expected in found.stderr
+
+
+def test_a_hybrid_is_no_teacher_for_a_plan(place: Path, converted: Path) -> None:
+    found = run(place, "plan", converted, check=False)
+    assert found.returncode == 2 and "is a hybrid already" in found.stderr
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="the published sweep is not here")
 def test_published_scores_give_the_released_layers(place: Path) -> None:
     scores = SHARED / "sweeps" / "qwen3-1.7b.json"

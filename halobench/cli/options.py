@@ -12,6 +12,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Where results go.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
 Recipe = Annotated[str, typer.Option(help="A recipe's name or a YAML file; see `halobench recipes`.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Change a field of the recipe: a.b=value. Repeatable.")]
+Mixer = Annotated[str | None, typer.Option(help="The RNN mixer; see `halobench mixers`.")]
 Keep = Annotated[float | None, typer.Option(help="Softmax layers to keep: a number, or a share below 1.")]
 Layers = Annotated[str | None, typer.Option(help="The layers to keep, for --select given: 2,7.")]
 
@@ -47,3 +48,8 @@ def keep_override(keep: float | None) -> list[str]:
     if keep is None:
         return []
     return [f"keep={int(keep) if float(keep).is_integer() else keep}"]
+
+
+def mixer_override(mixer: str | None) -> list[str]:
+    """--mixer as a change to the recipe."""
+    return [] if mixer is None else [f"mixer={mixer}"]

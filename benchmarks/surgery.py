@@ -1,0 +1,149 @@
+"""Measures the surgery room on this machine: python benchmarks/surgery.py lightning|mixers|transplant
+
+Each part writes benchmarks/surgery/PART.json: medians of alternating repeats in one process, with versions and machine.
+Only ratios within a record mean anything; machines differ, and so do their days.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halobench.files import write_json
+from halobench.provenance import command_line, environment, now
+
+HERE = Path(__file__).resolve().parent / "surgery"
+HEADS, SIZE = 8, 64
+LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+
+
+def alternate(forms: dict[str, Callable[[], Any]], seconds: float, repeats: int = 7) -> dict[str, dict[str, float]]:
+    """Median and spread (seconds) of each form, in turns until `seconds` or `repeats` are spent, after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for run in forms.values():
+        run()
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        for name, run in forms.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+        if time.perf_counter() - begun > seconds:
+            break
+    return {
+        name: {"median": statistics.median(found), "min": min(found), "max": max(found), "n": len(found)}
+        for name, found in times.items()
+    }
+
+
+def lightning() -> dict[str, Any]:
+    """Lightning Attention's chunked form against torch's softmax attention, 8 heads x 64, batch 1, forward."""
+    import torch.nn.functional as F
+
+    from halobench.kernels.scalar_decay.recurrence import scalar_decay
+    from halobench.kernels.scalar_decay.slopes import alibi_slopes
+
+    decay, rows = -torch.tensor(alibi_slopes(HEADS)), []
+    for length in LENGTHS:
+        q, k, v = (torch.randn(1, length, HEADS, SIZE) for _ in range(3))
+        heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        forms = {
+            "lightning": lambda q=q, k=k, v=v: scalar_decay(q, k, v, decay, scale=SIZE**-0.5, backend="torch"),
+            "sdpa": lambda x=heads_first: F.scaled_dot_product_attention(*x, is_causal=True),
+        }
+        found = alternate(forms, seconds=20)
+        rows.append(
+            {"length": length, **found, "sdpa over lightning": found["sdpa"]["median"] / found["lightning"]["median"]}
+        )
+        print(f"{length:>6}: lightning {found['lightning']['median']:.4f} s, sdpa {found['sdpa']['median']:.4f} s")
+    return {"heads": HEADS, "head_dim": SIZE, "dtype": "float32", "rows": rows}
+
+
+def mixers() -> dict[str, Any]:
+    """Every mixer's recurrence in chunks against its definition token by token, 4096 tokens, 8 heads x 64, forward."""
+    from halobench.errors import UserError
+    from halobench.mixers import MIXERS
+    from halobench.mixers.conformance import Subject, example_view
+
+    wide = HEADS * SIZE
+    weights = {name: torch.randn(wide, wide) / wide**0.5 for name in ("q_weight", "k_weight", "v_weight", "o_weight")}
+    plain = {"q_bias": None, "k_bias": None, "v_bias": None, "o_bias": None, "q_norm": None, "k_norm": None}
+    view = example_view(
+        torch.float32, hidden_size=wide, num_heads=HEADS, num_kv_heads=HEADS, head_dim=SIZE, rotary_dim=SIZE,
+        scaling=SIZE**-0.5, **weights, **plain,
+    )  # fmt: skip
+    rows = []
+    for name in MIXERS.names():
+        case = Subject(mixer=MIXERS.get(name), options={}, view=view)
+        mixer, hidden = case.build(), case.noise(1, 4096)
+        if "naive" not in mixer.backends:
+            continue
+
+        def run(backend: str, mixer: Any = mixer, case: Any = case, hidden: Any = hidden) -> None:
+            mixer.backend = backend
+            case.run(mixer, hidden)
+
+        try:
+            found = alternate({"naive": lambda: run("naive"), "torch": lambda: run("torch")}, seconds=15)
+        except UserError as error:
+            rows.append({"mixer": name, "error": str(error)})
+            continue
+        naive, chunked = found["naive"]["median"], found["torch"]["median"]
+        rows.append({"mixer": name, **found, "naive over torch": naive / chunked})
+        print(f"{name:>16}: naive {naive:.3f} s, in chunks {chunked:.4f} s, {naive / chunked:.0f}x")
+    return {"tokens": 4096, "heads": HEADS, "head_dim": SIZE, "dtype": "float32", "rows": rows}
+
+
+def transplant() -> dict[str, Any]:
+    """Time and memory of turning a model of the 1.7B shape, random bf16 weights, into its released hybrid."""
+    from transformers import AutoModelForCausalLM
+
+    from halobench.planning import teacher_config
+    from halobench.surgery import SurgeryPlan
+    from halobench.surgery import transplant as operate
+
+    config = teacher_config("qwen3-1.7b")
+    teacher = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    size = sum(p.numel() * p.element_size() for p in teacher.parameters())
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    start = time.perf_counter()
+    student = operate(teacher, SurgeryPlan.for_model(teacher, keep=[2, 3, 6, 8, 9, 21, 25]))
+    seconds = time.perf_counter() - start
+    peak = _resident("VmHWM") - before
+    print(f"{seconds:.1f} s, {peak / size:.2f} of the teacher's {size / 1e9:.2f} GB at the peak beyond it")
+    return {
+        "teacher_bytes": size,
+        "student_bytes": sum(p.numel() * p.element_size() for p in student.parameters()),
+        "seconds": seconds,
+        "peak_bytes_beyond_teacher": peak,
+        "peak over teacher": peak / size,
+    }
+
+
+def _resident(field: str) -> int:
+    """A field of this process's status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+PARTS = {"lightning": lightning, "mixers": mixers, "transplant": transplant}
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:]
+    if not chosen or any(name not in PARTS for name in chosen):
+        raise SystemExit(f"usage: python benchmarks/surgery.py {' '.join(f'[{name}]' for name in PARTS)}")
+    for name in chosen:
+        with torch.no_grad():
+            result = PARTS[name]()
+        HERE.mkdir(exist_ok=True)
+        facts = {"what": PARTS[name].__doc__, "command": command_line(), "created": now(), "environment": environment()}
+        write_json(HERE / f"{name}.json", {**facts, **result})
