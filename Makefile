@@ -6,7 +6,7 @@ TEST_STAMP := $(VENV)/.installed-tests
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint format docs clean
+.PHONY: demo test test-slow lint format families docs clean
 
 demo: $(STAMP)
 	$(VENV)/bin/halobench demo -o runs/demo
@@ -25,6 +25,10 @@ lint: $(TEST_STAMP)
 format: $(TEST_STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Runs every family with every mixer and records how it ended: the table of docs/families.md.
+families: $(TEST_STAMP)
+	$(VENV)/bin/python -m pytest -q tests/test_families.py --families-record benchmarks/families.json
 
 # Rewrites the generated sections of README.md and docs/demo from the committed records.
 docs: $(STAMP)

@@ -9,11 +9,14 @@ import ast
 from pathlib import Path
 
 from halobench.assets import TINY_TEACHER
+from halobench.files import read_json
 from halobench.records import find_records
 from halobench.reports.readme import section_is_stale, update_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "demo"
+DOCS = ROOT / "docs"
+FAMILIES_RECORD = ROOT / "benchmarks" / "families.json"
 TEACHER_RECORDS = ROOT / "benchmarks" / "teacher"
 ROOMS = ("halobench", "surgery", "mixers", "kernels", "tasks", "reports")
 
@@ -61,6 +64,59 @@ def teacher_metrics() -> str:
     return render(["task", "metric", "tokens", "value ± standard error", "samples"], rows, text_columns=3)
 
 
+def families() -> str:
+    """What the suite covered and how it ended: a row a family, a column a test or a mixer."""
+    from halobench.reports.table import Markup, render
+
+    record = read_json(FAMILIES_RECORD)
+    mark = {"passed": "yes", "failed": "**no**"}
+    rows = []
+    for family, found in record["families"].items():
+        cells = [mark.get(found["outcomes"].get(column, ""), "not tested") for column in record["columns"]]
+        rows.append([Markup(f"`{family}`"), found["particular"], *map(Markup, cells)])
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    header = ["family", "what is particular", *(Markup(column) for column in record["columns"])]
+    table = render(header, rows, text_columns=len(header))
+    return f"{table}\n\nMade by `make families` ({versions})."
+
+
+def mixers() -> str:
+    """Every mixer: name, paper, kind of memory."""
+    from halobench.mixers import MIXERS
+    from halobench.reports.table import Markup, render
+
+    rows: list[list[str]] = []
+    for name, address in MIXERS.built_in().items():
+        mixer = MIXERS.get(name)
+        module = address.partition(":")[0].removeprefix("halobench.").replace(".", "/")
+        cells = (f"`{name}`", f"[{mixer.label}]({mixer.paper})", f"`{module}.py`", ", ".join(mixer.backends))
+        rows.append([Markup(cell) for cell in cells])
+    return render(["name", "paper", "file", "forms"], rows, text_columns=4)
+
+
+def transfer() -> str:
+    """The docstring of every mixer's module: formulas, what is copied, what is new, how it starts."""
+    from halobench.mixers import MIXERS
+
+    titles: dict[str, list[str]] = {}
+    for name, address in MIXERS.built_in().items():
+        titles.setdefault(address.partition(":")[0], []).append(MIXERS.get(name).label)
+    parts = []
+    for module, labels in titles.items():
+        path = ROOT / module.removeprefix("halobench.").replace(".", "/")
+        text = ast.get_docstring(ast.parse(path.with_suffix(".py").read_text(encoding="utf-8"))) or ""
+        parts.append(f"### {', '.join(labels)}\n\n```\n{text}\n```")
+    return "\n\n".join(parts)
+
+
+def laws() -> str:
+    """The laws of the conformance suite."""
+    from halobench.mixers.conformance import LAWS
+    from halobench.reports.table import render
+
+    return render(["law", "what it asks"], [[name, law.__doc__ or ""] for name, law in LAWS.items()], text_columns=2)
+
+
 def sections() -> list[tuple[Path, str, str]]:
     """Generated sections: the file, the name of the section, and the text it must hold."""
     readme, card = ROOT / "README.md", TINY_TEACHER / "README.md"
@@ -68,6 +124,10 @@ def sections() -> list[tuple[Path, str, str]]:
         (readme, "tree", tree()),
         (readme, "leaderboard", leaderboard()),
         (card, "metrics", teacher_metrics()),
+        (DOCS / "families.md", "families", families()),
+        (DOCS / "mixers.md", "mixers", mixers()),
+        (DOCS / "mixers.md", "transfer", transfer()),
+        (DOCS / "extending.md", "laws", laws()),
     ]
 
 

@@ -52,6 +52,7 @@ class EvalRequest:
 
 def evaluate_model(name: str, out: Path, request: EvalRequest, device: str) -> RunRecord:
     """Measures one model; a suite that was finished before with the same settings is taken from the earlier work."""
+    from halobench.surgery.hybrid import backends_of
     from halobench.tasks.suites import SuiteOutcome, evaluate
 
     resolve(name)
@@ -94,7 +95,7 @@ def evaluate_model(name: str, out: Path, request: EvalRequest, device: str) -> R
         backends={
             "device": device,
             "attention": str(getattr(model.config, "_attn_implementation", "")),
-            "mixer": "torch",
+            **{f"mixer {name}": form for name, form in backends_of(model).items()},
         },
     )
     record.save(path)

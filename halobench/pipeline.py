@@ -71,9 +71,8 @@ class Conversion:
     def _check(self) -> None:
         """Raises UserError for what can be known to be wrong before anything is written."""
         from halobench.surgery.corpus import source_files
-        from halobench.surgery.plan import kept_layers
 
-        kept_layers(list(self.given) if self.given else self.recipe.keep, self.layers)
+        self.recipe.plan(self.teacher.config, list(self.given) if self.given else self.recipe.keep)
         source_files(self.recipe.data)
 
     def _aligned_run(self, path: Path, identity: dict[str, Any]) -> RunFolder:
@@ -199,15 +198,7 @@ class Conversion:
 
     def plan(self) -> SurgeryPlan:
         """Which layer becomes what."""
-        from halobench.surgery import SurgeryPlan
-
-        return SurgeryPlan.for_model(
-            self.teacher,
-            mixer=self.recipe.mixer,
-            keep=self.select(),
-            mixer_options=self.recipe.mixer_options,
-            softmax_options={**self.recipe.softmax_options, "rope": not self.recipe.hype},
-        )
+        return self.recipe.plan(self.teacher.config, self.select())
 
     # Stages 2 and 3 ---------------------------------------------------------------------------------------------------
 
@@ -264,6 +255,7 @@ class Conversion:
     def finish(self) -> ModelCard:
         """Finds the scale of the NoPE queries, and leaves the finished hybrid with its card in RUN/model."""
         from halobench.surgery.checkpoint import save_model
+        from halobench.surgery.hybrid import backends_of
         from halobench.surgery.stages.scale import search_scale
 
         done = self.run.path / "model" / CARD
@@ -283,7 +275,7 @@ class Conversion:
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
             write_json(folder / CARD, to_dict(card))
-            self._record(card, losses)
+            self._record(card, losses, backends_of(student))
         self.team.wait()
         self._tell(f"done: {folder}")
         return card
@@ -392,7 +384,7 @@ class Conversion:
             ledger=self.ledger(),
         )
 
-    def _record(self, card: ModelCard, scale_losses: dict[str, float]) -> None:
+    def _record(self, card: ModelCard, scale_losses: dict[str, float], forms: dict[str, str]) -> None:
         notes = [note for stage in STAGES if (note := self.run.note(stage) or self.base.note(stage)) is not None]
         RunRecord(
             kind="convert",
@@ -400,6 +392,6 @@ class Conversion:
             settings={"recipe": to_dict(self.recipe)},
             lineage={note.stage: note.hash for note in notes},
             ledger=card.ledger,
-            backends={"device": self.device},
+            backends={"device": self.device, **forms},
             details={"stages": [to_dict(replace(n, details={})) for n in notes], "scale": scale_losses},
         ).save(self.run.path / "convert.record.json")

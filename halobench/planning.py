@@ -171,7 +171,7 @@ def draw_up(
         model = AutoModelForCausalLM.from_config(config)
         answer = None if budget is None else _fitting(budget, recipe, views)
         keep = answer.keep if answer is not None else (list(given) if given else recipe.keep)
-        plan = _plan(config, recipe, keep, len(views))
+        plan = recipe.plan(config, keep)
         student = transplant(model, plan)
     mixers = student.mixer_modules()
     before, after = _costs(model, student, views)
@@ -211,27 +211,6 @@ def attention_kind(view: AttentionView) -> str:
         "sinks": view.sinks is not None,
     }
     return ", ".join([*words, *(word for word, there in extras.items() if there)])
-
-
-def _plan(config: PretrainedConfig, recipe: Recipe, keep: int | float | list[int], layers: int) -> SurgeryPlan:
-    """The plan that `convert` would make; one that converts nothing, or keeps nothing by rounding, is refused."""
-    from halobench.surgery import SurgeryPlan
-
-    plan = SurgeryPlan.for_model(
-        config,
-        mixer=recipe.mixer,
-        keep=keep,
-        mixer_options=recipe.mixer_options,
-        softmax_options={**recipe.softmax_options, "rope": not recipe.hype},
-    )
-    if len(plan.kept) == layers:
-        raise UserError(
-            f"all {layers} layers would stay attention, which leaves nothing to convert; keep fewer layers, and use a "
-            "recurrent mixer (see `halobench mixers`)"
-        )
-    if keep and not plan.kept:
-        raise UserError(f"keep={keep} of {layers} layers is less than one; write --keep 1, or --keep 0 to keep none")
-    return plan
 
 
 def _fitting(budget: Budget, recipe: Recipe, views: list[AttentionView]) -> Fit:

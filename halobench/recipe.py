@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halobench.config import apply_overrides, from_dict, read_yaml
-from halobench.errors import unknown_name
+from halobench.errors import UserError, unknown_name
 from halobench.surgery.loop import LoopConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from halobench.surgery.plan import SurgeryPlan
 
 STAGES = ("align", "select", "distil", "finetune", "scale")
 
@@ -71,6 +76,31 @@ class Recipe:
     def kept_count(self, layers: int) -> int:
         """Softmax layers that stay in a model of `layers`."""
         return self.keep if isinstance(self.keep, int) else int(self.keep * layers)
+
+    def plan(self, config: PretrainedConfig, keep: int | float | list[int]) -> SurgeryPlan:
+        """Which layer of a model of `config` becomes what when `keep` layers stay softmax.
+
+        Raises:
+            UserError: layers that are not there, options that do not exist, or a plan that converts nothing.
+        """
+        from halobench.surgery.plan import SurgeryPlan
+
+        plan = SurgeryPlan.for_model(
+            config,
+            mixer=self.mixer,
+            keep=keep,
+            mixer_options=self.mixer_options,
+            softmax_options={**self.softmax_options, "rope": not self.hype},
+        )
+        layers = len(plan.layers)
+        if len(plan.kept) == layers:
+            raise UserError(
+                f"all {layers} layers would stay attention, which leaves nothing to convert; keep fewer layers, and "
+                "use a recurrent mixer (see `halobench mixers`)"
+            )
+        if keep and not plan.kept:
+            raise UserError(f"keep={keep} of {layers} layers is less than one; write --keep 1, or --keep 0 for none")
+        return plan
 
     def tokens(self) -> int:
         """Training tokens of the whole recipe."""

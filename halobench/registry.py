@@ -27,6 +27,7 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, entries: dict[str, str], group: str | None = None) -> None:
         self.kind = kind
         self.group = group
+        self._built_in = dict(entries)
         self._entries: dict[str, str | T] = dict(entries)
 
     def add(self, name: str, entry: T) -> None:
@@ -38,6 +39,10 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, built-in ones first, in the order they were declared."""
         return list(dict.fromkeys([*self._entries, *self._installed()]))
+
+    def built_in(self) -> dict[str, str]:
+        """The names this package declares, with the addresses of their objects."""
+        return dict(self._built_in)
 
     def get(self, name: str) -> T:
         """The object called `name`; raises UserError with the nearest name when there is none."""

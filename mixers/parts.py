@@ -81,19 +81,23 @@ def head_norm(norm: NormView | None, view: AttentionView, times: int = 1) -> Hea
     )
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A linear layer holding copies of `weight` (out, in) and `bias`."""
+def linear(weight: Tensor, bias: Tensor | None = None, own: bool = False) -> nn.Linear:
+    """A linear layer holding copies of `weight` (out, in) and `bias`, or with `own` the tensors themselves."""
+
+    def parameter(x: Tensor) -> nn.Parameter:
+        return nn.Parameter(x.detach() if own else x.detach().clone(memory_format=torch.contiguous_format))
+
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+    layer.weight = parameter(weight)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
+        layer.bias = parameter(bias)
     return layer
 
 
 def new_linear(view: AttentionView, inputs: int, outputs: int, bias: Tensor | None = None) -> nn.Linear:
     """A linear layer with random weights of the teacher's spread and the given bias."""
     weight = torch.empty(outputs, inputs, dtype=view.q_weight.dtype, device=view.q_weight.device)
-    return linear(weight.normal_(std=view.init_std), None if bias is None else bias.to(weight))
+    return linear(weight.normal_(std=view.init_std), None if bias is None else bias.to(weight), own=True)
 
 
 class LowRank(nn.Module):
@@ -114,10 +118,10 @@ def copy_projections(
     mixer: nn.Module, view: AttentionView, *, times: int, output_gate: bool, gate_init: GateInit
 ) -> None:
     """Gives `mixer` q_proj, k_proj, v_proj and o_proj with the teacher's weights, each key/value head `times` times."""
-    k_bias, v_bias = (None if b is None else repeat_heads(b, view, times) for b in (view.k_bias, view.v_bias))
     mixer.q_proj = linear(view.q_weight, view.q_bias)
-    mixer.k_proj = linear(repeat_heads(view.k_weight, view, times), k_bias)
-    mixer.v_proj = linear(repeat_heads(view.v_weight, view, times), v_bias)
+    for name, weight, bias in (("k_proj", view.k_weight, view.k_bias), ("v_proj", view.v_weight, view.v_bias)):
+        repeated = None if bias is None else repeat_heads(bias, view, times)
+        setattr(mixer, name, linear(repeat_heads(weight, view, times), repeated, own=True))
     mixer.o_proj = output_projection(view, output_gate, gate_init)
 
 
@@ -139,9 +143,7 @@ def output_projection(view: AttentionView, gated: bool, init: GateInit) -> nn.Li
 
 
 def repeat_heads(x: Tensor, view: AttentionView, times: int) -> Tensor:
-    """Rows of a key or value projection (weight or bias), each head repeated: head i becomes head i // times."""
-    if times == 1:
-        return x.detach()
+    """A copy of the rows of a key or value projection (weight or bias), each head repeated: i becomes i // times."""
     return x.detach().unflatten(0, (-1, view.head_dim)).repeat_interleave(times, dim=0).flatten(0, 1)
 
 

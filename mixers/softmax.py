@@ -90,6 +90,7 @@ class AttentionMixer(Mixer):
         self, hidden_BTD: Tensor, *, position_embeddings: tuple[Tensor, Tensor] | None, context: MixerContext
     ) -> Tensor:
         q, k, v = self._project(hidden_BTD, position_embeddings)
+        self.used_backend = "torch" if self.soft_cap is not None else "sdpa"
         scale = self.query_scale(context.positions_BT)
         if scale is not None:
             q = (q * scale).to(q.dtype)  # multiplied in fp32, rounded once

@@ -230,12 +230,6 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         modules = ((index, getattr(layer, name)) for index, layer in enumerate(layers))
         return {index: module.mixer for index, module in modules if isinstance(module, MixerAdapter)}
 
-    def backends(self) -> dict[str, str]:
-        """What ran: per kind of mixer the form of its recurrence in the last call, and the source's own attention."""
-        found = {mixer.name: mixer.used_backend or "torch" for mixer in self.mixer_modules().values()}
-        kept, _ = self._kinds()
-        return {**({"keep": str(self.backbone.config._attn_implementation)} if kept else {}), **found}
-
     def set_logits_scale(self, base: float | None) -> None:
         """Sets `a` of s_t = log(t + a) / log(a) in every softmax mixer, here and in the config; None is no scaling."""
         for mixer in self.mixer_modules().values():
@@ -279,6 +273,12 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
+
+
+def backends_of(model: Any) -> dict[str, str]:
+    """The form each kind of mixer ran in at its last call, such as "torch", "fla" or "sdpa"; no entry before it."""
+    mixers = model.mixer_modules().values() if isinstance(model, HybridForCausalLM) else ()
+    return {mixer.name: mixer.used_backend for mixer in mixers if mixer.used_backend is not None}
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)

@@ -62,6 +62,13 @@ class SurgeryPlan:
         replaced = LayerPlan(mixer=mixer, options=mixer_options or {})
         return cls(layers=tuple(softmax if index in kept else replaced for index in range(layers)))
 
+    def with_layer(self, index: int, mixer: str, **options: Any) -> SurgeryPlan:
+        """The same plan but for one layer, which becomes `mixer` with these options."""
+        if not 0 <= index < len(self.layers):
+            raise UserError(f"the plan has no layer {index}; its layers are 0 to {len(self.layers) - 1}")
+        layer = LayerPlan(mixer=mixer, options=options)
+        return SurgeryPlan(layers=(*self.layers[:index], layer, *self.layers[index + 1 :]))
+
     @property
     def kept(self) -> tuple[int, ...]:
         """Indices of the layers that stay attention, "softmax" and "keep" alike."""

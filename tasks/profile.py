@@ -261,6 +261,13 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
 
 
+def _forms(model: PreTrainedModel) -> str:
+    """What ran in the mixers of a hybrid, as ", lightning in torch"."""
+    from halobench.surgery.hybrid import backends_of
+
+    return "".join(f", {name} in {form}" for name, form in backends_of(model).items())
+
+
 def _row(name: str, model: PreTrainedModel, result: _Measured, context: int, batch: int, chunk: int) -> ProfileRow:
     parameters = list(model.parameters())
     attention = getattr(model.config, "_attn_implementation", None) or "default"
@@ -270,7 +277,7 @@ def _row(name: str, model: PreTrainedModel, result: _Measured, context: int, bat
         "batch": batch,
         "parameter_bytes": sum(p.nbytes for p in parameters),
         "parameters": sum(p.numel() for p in parameters),
-        "backend": f"{model.device.type} {str(model.dtype).removeprefix('torch.')} {attention}",
+        "backend": f"{model.device.type} {str(model.dtype).removeprefix('torch.')} {attention}{_forms(model)}",
         "chunk": min(chunk, context),
     }
     if result.error is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -65,3 +67,55 @@ def bpe() -> PreTrainedTokenizerBase:
 def reader(bpe: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A pico Qwen3 with the vocabulary of `bpe`, in float32."""
     return make_pico(vocab_size=len(bpe), max_position_embeddings=4096)
+
+
+# `--families-record PATH` writes how tests/test_families.py ended, by family and by test or mixer.
+
+FAMILY_TESTS = {
+    "test_a_plan_that_keeps_every_layer_gives_the_teachers_logits_bit_for_bit": "identity",
+    "test_softmax_layers_built_from_the_views_behave_as_the_teachers": "views",
+    "test_gradients_reach_every_mixer_through_checkpointing": "gradients",
+    "test_family_with_mixer": None,  # the column is the mixer
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--families-record", default=None, help="write the outcomes of tests/test_families.py here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.family_outcomes = {}  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):  # type: ignore[no-untyped-def]
+    report = yield
+    test = getattr(item, "originalname", None)
+    if call.when == "call" and test in FAMILY_TESTS:
+        parameters = item.callspec.params  # type: ignore[attr-defined]
+        column = FAMILY_TESTS[test] or parameters["mixer"]
+        item.config.family_outcomes[(parameters["family"], column)] = report.outcome  # type: ignore[attr-defined]
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--families-record")
+    if path is None:
+        return
+    from halobench.files import write_json
+    from halobench.mixers import MIXERS
+    from halobench.provenance import versions
+    from tests.families import FAMILIES
+
+    outcomes = session.config.family_outcomes  # type: ignore[attr-defined]
+    columns = [*dict.fromkeys(column for _, column in outcomes)]
+    columns.sort(key=["identity", "views", "gradients", *MIXERS.names()].index)
+    families = {
+        family: {
+            "particular": particular,
+            "outcomes": {c: outcomes[family, c] for c in columns if (family, c) in outcomes},
+        }
+        for family, (particular, _) in FAMILIES.items()
+    }
+    used = {name: number for name, number in versions().items() if name in ("torch", "transformers")}
+    write_json(Path(path), {"columns": columns, "families": families, "versions": used})

@@ -1,13 +1,19 @@
 """What the documents say is what the records and the modules say."""
 
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from halobench import documents
+from halobench.mixers import MIXERS
 from halobench.records import find_records
+from tests.conftest import make_pico
+from tests.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,47 +51,78 @@ def test_records_hold_no_place_of_a_machine() -> None:
         assert not any(place in path.read_text() for place in places), path
 
 
-def test_the_example_mixer_of_the_page_converts_a_model(tmp_path: Path, teacher, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    """Runs the page's Python blocks, registers what they define, and operates with them."""
-    import torch
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL)
 
-    from halobench.mixers import MIXERS
-    from halobench.surgery import SurgeryPlan, transplant
+
+def test_the_examples_of_the_page_do_what_they_say() -> None:
+    """The selector and the suite; the mixer is installed and used below."""
     from halobench.surgery.selection import Question
 
-    page = (ROOT / "docs" / "extending.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    assert len(blocks) == 3
+    blocks = python_blocks()
+    assert len(blocks) == 4
     space: dict = {}
-    for block in blocks:
+    for block in blocks[2:]:
         exec(compile(block, "extending.md", "exec"), space)
-    monkeypatch.setitem(MIXERS._entries, "average", space["AverageMixer"])
-    student = transplant(teacher, SurgeryPlan.for_model(teacher, mixer="average", keep=[1])).eval()
-    ids = torch.randint(3, 101, (2, 12), generator=torch.Generator().manual_seed(0))
-    whole = student(input_ids=ids).logits
-    first = student(input_ids=ids[:, :7], use_cache=True)
-    rest = student(input_ids=ids[:, 7:], past_key_values=first.past_key_values, use_cache=True).logits
-    torch.testing.assert_close(rest, whole[:, 7:], rtol=1e-4, atol=1e-4)
     assert space["LastLayers"]().rank(Question(layers=6, keep=2)).layers == [4, 5]
     assert space["run_vocabulary"](type("R", (), {"tokenizer": "abc"})())[0].value == 3.0
 
 
-def test_a_package_with_an_entry_point_is_known_to_the_command_line(tmp_path: Path) -> None:
-    """A mixer of another installed package, found by its entry point."""
-    page = (ROOT / "docs" / "extending.md").read_text()
-    package = tmp_path / "site" / "my_package"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    (package / "averages.py").write_text(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0])
-    information = tmp_path / "site" / "my_package-1.0.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
-    (information / "entry_points.txt").write_text("[halobench.mixers]\naverage = my_package.averages:AverageMixer\n")
-    found = subprocess.run(
-        [sys.executable, "-m", "halobench", "mixers"],
-        capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin"},
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
+    """The page's mixer as a package of its own, built and installed by pip; the folder it was installed to."""
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    mixer, test = python_blocks()[:2]
+    entry = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "extending.md").read_text(), flags=re.DOTALL)[0]
+    (source / "my_package").mkdir()
+    (source / "my_package" / "__init__.py").write_text("")
+    (source / "my_package" / "learned.py").write_text(mixer)
+    (source / "test_learned.py").write_text(test)
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n\n'
+        '[project]\nname = "my-package"\nversion = "1.0"\n\n[tool.setuptools]\npackages = ["my_package"]\n\n' + entry
+    )
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--target", site, source], check=True, capture_output=True)
+    (site / "test_learned.py").write_text(test)
+    return site
+
+
+def with_package(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(site)}
+    command = [sys.executable, "-m", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=site)
+
+
+def test_an_installed_package_proves_its_mixer_with_the_laws(installed: Path) -> None:
+    found = with_package(installed, "pytest", "-q", "-p", "no:cacheprovider", installed / "test_learned.py")
+    assert "12 passed" in found.stdout, found.stdout
+
+
+def test_an_installed_package_is_known_to_the_command_line_and_converts(installed: Path, bpe) -> None:  # type: ignore[no-untyped-def]
+    listed = with_package(installed, "halobench", "mixers")
+    assert "learned_decay   Learned decay        https://arxiv.org/abs/2401.04658" in listed.stdout
+    teacher = installed / "teacher"
+    make_pico("llama", vocab_size=len(bpe), bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(teacher)
+    bpe.save_pretrained(teacher)
+    small = ["align.tokens=1024", "align.batch_tokens=512", "align.lengths=[128]"]
+    sets = [part for value in small for part in ("--set", value)]
+    found = with_package(
+        installed, "halobench", "convert", teacher, "--mixer", "learned_decay", "--data", "sample", "--until", "align",
+        "-o", installed / "run", *sets,
     )  # fmt: skip
-    assert "average        Running mean  https://example.org/average" in found.stdout
+    assert found.returncode == 0, found.stderr
+    described = json.loads((installed / "run" / "align" / "mixers" / "mixers.json").read_text())
+    assert {layer["mixer"] for layer in described["layers"].values()} == {"learned_decay"}
+
+
+def test_every_family_and_every_mixer_stands_in_the_table_and_passed() -> None:
+    record = json.loads(documents.FAMILIES_RECORD.read_text())
+    assert list(record["families"]) == list(FAMILIES), "run `make families`"
+    assert record["columns"] == ["identity", "views", "gradients", *MIXERS.built_in()], "run `make families`"
+    for family, found in record["families"].items():
+        assert found["particular"] == FAMILIES[family][0], "run `make families`"
+        assert found["outcomes"] == dict.fromkeys(record["columns"], "passed"), family
 
 
 def test_the_records_of_the_demo_cover_its_models() -> None:

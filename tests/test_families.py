@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from halobench.errors import UserError
 from halobench.mixers import MIXERS
-from halobench.surgery import LayerPlan, SurgeryPlan, transplant
+from halobench.surgery import SurgeryPlan, transplant
 from halobench.surgery.anatomy import describe, read_attention
 from halobench.surgery.checkpoint import load_model, save_model
 from halobench.surgery.transplant import build_mixers
@@ -122,15 +122,16 @@ def test_gradients_reach_every_mixer_through_checkpointing(family, tokens) -> No
 @torch.no_grad()
 def test_each_layer_may_have_its_own_mixer_and_options(tokens) -> None:
     teacher = make_family("llama")
-    layers = (
-        LayerPlan(mixer="gated_deltanet", options={"short_conv": 4}),
-        LayerPlan(mixer="keep"),
-        LayerPlan(mixer="lightning", options={"output_gate": False}),
-        LayerPlan(mixer="softmax"),
+    plan = SurgeryPlan.for_model(
+        teacher, mixer="gated_deltanet", keep=[1, 3], mixer_options={"short_conv": 4}, hype=False
     )
-    student = transplant(teacher, SurgeryPlan(layers=layers))
+    plan = plan.with_layer(2, "lightning", output_gate=False).with_layer(3, "softmax")
+    student = transplant(teacher, plan)
     assert [m.name for m in student.mixer_modules().values()] == ["gated_deltanet", "lightning", "softmax"]
+    assert student.mixer_modules()[0].options.short_conv == 4 and not student.mixer_modules()[2].options.output_gate
     assert student.generate(tokens, max_new_tokens=3, do_sample=False).shape == (3, 43)
+    with pytest.raises(UserError, match="no layer 4; its layers are 0 to 3"):
+        plan.with_layer(4, "gla")
 
 
 # Reading

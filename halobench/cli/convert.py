@@ -14,7 +14,7 @@ def convert(
     teacher: Annotated[str, typer.Argument(help="A model folder, a hub name, or `tiny` (embedded).")] = "tiny",
     out: options.Out = Path("runs/convert"),
     recipe: options.Recipe = "halo-tiny",
-    mixer: Annotated[str | None, typer.Option(help="The RNN mixer; see `halobench mixers`.")] = None,
+    mixer: options.Mixer = None,
     select: Annotated[
         str | None, typer.Option(help="How to choose the kept layers; see `halobench selectors`.")
     ] = None,
@@ -41,8 +41,8 @@ def convert(
     if until not in STAGES:
         raise unknown_name("stage", until, STAGES)
     given = options.parse_layers(layers)
-    overrides = [*(set_ or []), *options.keep_override(keep)]
-    named = {"mixer": mixer, "select": "given" if given and select is None else select, "data": data}
+    overrides = [*(set_ or []), *options.keep_override(keep), *options.mixer_override(mixer)]
+    named = {"select": "given" if given and select is None else select, "data": data}
     overrides += [f"{field}={value}" for field, value in named.items() if value is not None]
     chosen = load_recipe(recipe, overrides)
     MIXERS.get(chosen.mixer)

@@ -16,7 +16,12 @@ def doctor() -> None:
         print(f"{name:>24}  {value}")
     gpu = torch.cuda.is_available()
     print(f"{'device':>24}  {'cuda' if gpu else 'cpu: torch sees no GPU; tiny models run well, a 1.7B model does not'}")
-    print(f"{'lightning backend':>24}  torch, chunked")
+    from halobench.kernels.backend import explain
+
+    like = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda" if gpu else "cpu")
+    for operator in ("scalar_decay", "vector_decay", "delta_rule", "dplr"):
+        name, _, reason = explain(operator, like).partition(": ")
+        print(f"{name:>24}  {reason}")
 
 
 def recipes() -> None:
@@ -35,7 +40,7 @@ def mixers() -> None:
 
     for name in MIXERS.names():
         mixer = MIXERS.get(name)
-        print(f"{name:<14} {mixer.label}  {mixer.paper}")
+        print(f"{name:<15} {mixer.label:<20} {mixer.paper}")
 
 
 def selectors() -> None:
