@@ -57,11 +57,21 @@ def padded_superblocks(inputs: Sequence[Tensor], chunk: int) -> Iterator[tuple[t
 
 def cut(x_BTHD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     """(G, N, C, D) in `dtype`, the last chunk filled up with zeros."""
-    batch, tokens, heads, size = x_BTHD.shape
-    if tokens % chunk:
-        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, chunk - tokens % chunk))
     # Contiguous once, here: batched products would otherwise copy it at every use.
-    return x_BTHD.to(dtype).transpose(1, 2).contiguous().view(batch * heads, -1, chunk, size)
+    return _chunks(x_BTHD, chunk).to(dtype).contiguous().flatten(0, 1)
+
+
+def cut_together(kinds_BTHD: Sequence[Tensor], chunk: int, dtype: torch.dtype) -> Tensor:
+    """`cut` of R tensors, stacked so that a chunk's tokens of all kinds are the rows of one matrix: (G, N, R, C, D)."""
+    return torch.stack([_chunks(x, chunk).to(dtype) for x in kinds_BTHD], dim=3).flatten(0, 1)
+
+
+def _chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
+    """(B, H, N, C, D), a view where no chunk has to be filled up with zeros."""
+    missing = -x_BTHD.shape[1] % chunk
+    if missing:
+        x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, missing))
+    return x_BTHD.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
 
 
 def join(x_GNCD: Tensor, heads: int, tokens: int) -> Tensor:

@@ -20,41 +20,74 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from halobench.kernels.chunks import without_autocast
 from halobench.kernels.triangular import half_blocks
 
 
+# The largest decay (log) over a chunk whose inverse is taken: exp(20) leaves fp32 room for any product, and a sum of
+# decays of this size is rounded to 1e-6, which is what the token loop loses in as many products.
+MILD = 20.0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Pairs:
-    """Decayed products and factors of every chunk; the factors are in [0, 1]."""
+    """Decayed products of every chunk, and its rows and columns decayed to the chunk's ends (no factor exceeds 1)."""
 
-    scores_CRCS: Tensor  # A, zero for j > i: (G, N, C, R, C, S), in the rows' dtype
-    from_start_CD: Tensor  # decay from the chunk's start up to and with token i: (G, N, C, D)
-    to_end_CD: Tensor  # decay after token j to the chunk's end
+    scores_RCSC: Tensor  # A, zero for j > i: (G, N, R, C, S, C), in the rows' dtype
+    from_start_RCK: Tensor  # rows under the decay from the chunk's start up to and with their token
+    to_end_SCK: Tensor  # columns under the decay after their token to the chunk's end
     whole_D1: Tensor  # decay of the whole chunk: (G, N, D, 1)
 
 
-def decayed_pairs(rows_CRK: Tensor, columns_CSK: Tensor, log_decay_CD: Tensor) -> Pairs:
+def decayed_pairs(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CD: Tensor) -> Pairs:
     """A_ij = sum_c r_ic k_jc exp(sum of g_c over the tokens j+1 ... i), for j <= i, within each chunk.
 
+    Where no chunk decays by more than exp(-MILD), A is one product, of r_i exp(b_i) and k_j exp(-b_j). That is found by
+    looking at the decays, which on a GPU would wait for it: there the forms that hold for any decay are taken.
+
     Args:
-        rows_CRK, columns_CSK: (G, N, C, R, K) and (G, N, C, S, K); C is a power of two for decays of each channel.
+        rows_RCK, columns_SCK: (G, N, R, C, K) and (G, N, S, C, K); C is a power of two for decays of each channel.
         log_decay_CD: g, at most 0, in the state's dtype: (G, N, C, K), or (G, N, C, 1) for one decay of all channels.
     """
-    lead, (chunk, kinds, key), columns = rows_CRK.shape[:2], rows_CRK.shape[2:], columns_CSK.shape[3]
-    whole_D1 = log_decay_CD.sum(-2).exp()[..., None]
-    if log_decay_CD.shape[-1] == 1:
-        sums_C = log_decay_CD.squeeze(-1).cumsum(-1)
-        after_C = torch.nn.functional.pad(log_decay_CD.squeeze(-1)[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
-        products = rows_CRK.reshape(*lead, chunk * kinds, key) @ columns_CSK.reshape(*lead, chunk * columns, key).mT
-        factors_CC = lower_exp(sums_C).to(products.dtype)
-        scores = products.view(*lead, chunk, kinds, chunk, columns) * factors_CC[:, :, :, None, :, None]
-        from_start, to_end = sums_C.exp()[..., None], after_C.exp()[..., None]
+    dtype, kinds, columns = rows_RCK.dtype, rows_RCK.shape[2], columns_SCK.shape[2]
+    b_CD = log_decay_CD.cumsum(-2)
+    mild = b_CD.device.type == "cpu" and dtype != torch.float16 and bool(b_CD[..., -1, :].amin() > -MILD)
+    if not mild and b_CD.shape[-1] > 1:
+        return _pairs_by_halves(rows_RCK, columns_SCK, log_decay_CD)
+    from_start_1CD, whole_D1 = b_CD.exp()[:, :, None], b_CD[..., -1, :, None].exp()
+    rows = (rows_RCK * from_start_1CD).to(dtype)
+    if mild:
+        back = columns_SCK * from_start_1CD.reciprocal()
+        scores = rows.flatten(2, 3) @ back.to(dtype).flatten(2, 3).mT
+        to_end = back * whole_D1.mT[:, :, None]
+        factors_CC = torch.ones(b_CD.shape[-2], b_CD.shape[-2], dtype=dtype, device=b_CD.device).tril()
     else:
-        flat = rows_CRK.flatten(0, 1), columns_CSK.flatten(0, 1), log_decay_CD.flatten(0, 1)
-        scores, from_start, to_end = (x.view(*lead, *x.shape[1:]) for x in _ChannelPairs.apply(*flat))
-    return Pairs(scores_CRCS=scores, from_start_CD=from_start, to_end_CD=to_end, whole_D1=whole_D1)
+        after_CD = F.pad(log_decay_CD[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
+        to_end = columns_SCK * after_CD.exp()[:, :, None]
+        scores = rows_RCK.flatten(2, 3) @ columns_SCK.flatten(2, 3).mT
+        factors_CC = lower_exp(b_CD.squeeze(-1)).to(dtype)[:, :, None, :, None]
+    shape = *rows.shape[:4], columns, rows.shape[3]
+    return Pairs(
+        scores_RCSC=scores.view(shape) * (factors_CC if factors_CC.ndim > 2 else factors_CC[:, None]),
+        from_start_RCK=rows,
+        to_end_SCK=to_end.to(dtype),
+        whole_D1=whole_D1,
+    )
+
+
+def _pairs_by_halves(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CK: Tensor) -> Pairs:
+    """Any decay of each channel."""
+    lead = rows_RCK.shape[:2]
+    flat = (x.flatten(0, 1) for x in (rows_RCK.transpose(2, 3), columns_SCK.transpose(2, 3), log_decay_CK))
+    scores, from_start, to_end = (x.unflatten(0, lead) for x in _ChannelPairs.apply(*flat))
+    return Pairs(
+        scores_RCSC=scores.permute(0, 1, 3, 2, 5, 4),
+        from_start_RCK=(rows_RCK * from_start[:, :, None]).to(rows_RCK.dtype),
+        to_end_SCK=(columns_SCK * to_end[:, :, None]).to(columns_SCK.dtype),
+        whole_D1=log_decay_CK.sum(-2).exp()[..., None],
+    )
 
 
 def lower_exp(sums_L: Tensor) -> Tensor:

@@ -27,9 +27,13 @@ from halobench.mixers.view import AttentionView
 
 @dataclass(frozen=True, kw_only=True)
 class LightningOptions(LinearOptions):
-    """Options of Lightning Attention; the defaults are those of the released HypeNets."""
+    """Options of Lightning Attention; the defaults are those of the released HypeNets.
+
+    scale: factor on the queries, by the head size d. An output norm hides it, but for the norm's epsilon.
+    """
 
     norm_scope: Literal["all", "head"] = "all"
+    scale: Literal["1/sqrt(d)", "1/d", "1"] = "1/sqrt(d)"
 
 
 class ConstantDecayMixer(LinearMixer):
@@ -79,6 +83,10 @@ class LightningMixer(ConstantDecayMixer):
     label = "Lightning Attention"
     paper = "https://arxiv.org/abs/2401.04658"
     Options: ClassVar[type] = LightningOptions
+
+    def __init__(self, view: AttentionView, options: LightningOptions) -> None:
+        super().__init__(view, options)
+        self.scale = view.head_dim ** {"1/sqrt(d)": -0.5, "1/d": -1.0, "1": 0.0}[options.scale]
 
     def log_decays(self) -> list[float]:
         return [-slope for slope in alibi_slopes(self.num_heads)]

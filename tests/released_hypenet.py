@@ -153,7 +153,8 @@ def mixed(x: Tensor, w: dict[str, Tensor], kind: str, config: dict[str, Any]) ->
     if config.get("lightning_use_rope" if recurrent else "attn_use_rope", True):
         q, k = rotated(q, config), rotated(k, config)
     k, v = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (k, v))
-    scores = torch.einsum("thk,shk->hts", q, k) / dim**0.5
+    power = {"1/sqrt(d)": 0.5, "1/d": 1, "1": 0}[config["lightning_scale"] if recurrent else "1/sqrt(d)"]
+    scores = torch.einsum("thk,shk->hts", q, k) / dim**power
     time = torch.arange(length, dtype=torch.float64)
     later = time[None] > time[:, None]
     if recurrent:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_pico
+from tests.released_hypenet import write_released
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -315,10 +316,12 @@ def test_the_readmes_commands_run(place: Path, llama: Path) -> None:
     commands = re.findall(r"^    halobench (.*?)(?:  #.*)?$", text, flags=re.MULTILINE)
     assert len(commands) >= 7
     small = [value for value in SMALL if not value.startswith("selection.length")] + ["selection.length=320"]
+    hypenet = write_released(place / "hypenet")
     if SHARED.exists():
         (place / "scores.json").write_text((SHARED / "sweeps" / "qwen3-1.7b.json").read_text())
     for command in commands:
         words = [str(llama) if word == "MODEL" else word for word in command.split()]
+        words = [str(hypenet) if word == "HYPENET" else word for word in words]
         words = ["300,512" if word == "4k,32k" else word for word in words]
         if words[0] == "convert":
             words += ["--data", "sample", *sets(small)]

@@ -68,6 +68,15 @@ def test_the_examples_of_the_page_do_what_they_say() -> None:
     assert space["run_vocabulary"](type("R", (), {"tokenizer": "abc"})())[0].value == 3.0
 
 
+def test_the_readmes_surgery_from_python_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (surgery,) = (block for block in blocks if "SurgeryPlan" in block)
+    space: dict = {"teacher": make_pico(num_hidden_layers=6)}
+    exec(compile(surgery, "README.md", "exec"), space)
+    kinds = [layer.mixer for layer in space["student"].config.surgery_plan().layers]
+    assert kinds == ["lightning", "softmax", "lightning", "gated_deltanet", "lightning", "softmax"]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:  # type: ignore[no-untyped-def]
     """The page's mixer as a package of its own, built and installed by pip; the folder it was installed to."""

@@ -89,14 +89,14 @@ def test_extreme_decays_are_exact_forward_and_backward_in_float32() -> None:
 @pytest.mark.parametrize("size", [1, K])
 def test_pair_products_of_several_kinds_equal_the_sum_written_out(size: int) -> None:
     rows, columns = draw(8, 2, K, seed=4), draw(8, 3, K, seed=5)  # (G, N, C, ...) = (2, 8, 3, ...): C must be last
-    rows, columns = (x.transpose(1, 2) for x in (rows, columns))
+    rows, columns = (x.permute(0, 2, 3, 1, 4) for x in (rows, columns))
     g = log_decay(8, size).transpose(1, 2)
     pairs = decayed_pairs(rows, columns, g)
     for i in range(8):
         for j in range(8):
             decay = g[:, :, j + 1 : i + 1].sum(2).exp() if j <= i else 0 * g[:, :, 0]
             expected = torch.einsum("gnrk,gnsk->gnrs", rows[:, :, i] * decay[..., None, :], columns[:, :, j])
-            torch.testing.assert_close(pairs.scores_CRCS[:, :, i, :, j], expected)
+            torch.testing.assert_close(pairs.scores_RCSC[:, :, :, i, :, j], expected)
 
 
 def test_bfloat16_stays_near_the_definition_at_length_and_keeps_an_fp32_state() -> None:

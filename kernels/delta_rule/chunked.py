@@ -19,6 +19,7 @@ from torch import Tensor
 from halobench.kernels.chunks import (
     add_product,
     cut,
+    cut_together,
     hand_over_corrected,
     join,
     padded_superblocks,
@@ -61,24 +62,23 @@ def delta_rule_chunked(
     inputs = q_BTHK, k_BTHK, v_BTHV, beta_BTH[..., None], decay_BTHD
     state_GKV, outputs = start.flatten(0, 1), []
     with without_autocast(q_BTHK):
-        for parts, chunk in padded_superblocks(inputs, chunk_size):
-            q, k, v, beta, decay = (cut(x, chunk, start.dtype) for x in parts)
-            o_GNCV, state_GKV = _superblock(q * scale, k, v, beta, decay, state_GKV)
-            outputs.append(join(o_GNCV, q_BTHK.shape[2], parts[0].shape[1]).to(q_BTHK.dtype))
+        for (q, k, *rest), chunk in padded_superblocks(inputs, chunk_size):
+            rows_GN2CK = cut_together((q.to(start.dtype) * scale, k), chunk, start.dtype)
+            o_GNCV, state_GKV = _superblock(rows_GN2CK, *(cut(x, chunk, start.dtype) for x in rest), state_GKV)
+            outputs.append(join(o_GNCV, q.shape[2], q.shape[1]).to(q.dtype))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state_GKV.view(start.shape)
 
 
 def _superblock(
-    q_GNCK: Tensor, k_GNCK: Tensor, v_GNCV: Tensor, beta_GNC1: Tensor, log_decay_GNCD: Tensor, state_GKV: Tensor
+    rows_GN2CK: Tensor, v_GNCV: Tensor, beta_GNC1: Tensor, log_decay_GNCD: Tensor, state_GKV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of one superblock and the state at its end; q carries the scale."""
-    pairs = decayed_pairs(torch.stack((q_GNCK, k_GNCK), dim=-2), k_GNCK[..., None, :], log_decay_GNCD)
-    q_scores_GNCC, k_scores_GNCC = pairs.scores_CRCS[..., 0].unbind(-2)
-    inverse_GNCC = unit_lower_inverse(k_scores_GNCC.tril(-1) * beta_GNC1)
-    own_GNCV = inverse_GNCC @ (beta_GNC1 * v_GNCV)
-    read_GNCK = inverse_GNCC @ (k_GNCK * (pairs.from_start_CD * -beta_GNC1))
+    """Outputs of one superblock and the state at its end; the rows are q, which carries the scale, and k."""
+    pairs = decayed_pairs(rows_GN2CK, rows_GN2CK[:, :, 1:], log_decay_GNCD)
+    q_scores_GNCC, k_scores_GNCC = pairs.scores_RCSC[..., 0, :].unbind(2)
+    q_GNCK, k_GNCK = pairs.from_start_RCK.unbind(2)
+    # What solves for U, applied to beta V and to - beta K: the column of a token by its beta.
+    inverse_GNCC = unit_lower_inverse(k_scores_GNCC.tril(-1) * beta_GNC1) * beta_GNC1.mT
     u_GNCV, before_GNKV, state_GKV = hand_over_corrected(
-        pairs.whole_D1, None, k_GNCK * pairs.to_end_CD, own_GNCV, read_GNCK, state_GKV
+        pairs.whole_D1, None, pairs.to_end_SCK[:, :, 0], inverse_GNCC @ v_GNCV, -inverse_GNCC @ k_GNCK, state_GKV
     )
-    o_GNCV = (q_GNCK * pairs.from_start_CD) @ before_GNKV
-    return add_product(o_GNCV, q_scores_GNCC, u_GNCV), state_GKV
+    return add_product(q_GNCK @ before_GNKV, q_scores_GNCC, u_GNCV), state_GKV

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from halobench.kernels.chunks import (
     add_product,
     cut,
+    cut_together,
     hand_over_corrected,
     join,
     padded_superblocks,
@@ -63,40 +64,37 @@ def dplr_chunked(
     inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK
     state_GKV, outputs = start.flatten(0, 1), []
     with without_autocast(q_BTHK):
-        for parts, chunk in padded_superblocks(inputs, chunk_size):
-            q, k, v, a, b, decay = (cut(x, chunk, start.dtype) for x in parts)
-            o_GNCV, state_GKV = _superblock(q * scale, k, v, a, b, decay, state_GKV)
-            outputs.append(join(o_GNCV, q_BTHK.shape[2], parts[0].shape[1]).to(q_BTHK.dtype))
+        for (q, k, v, a, b, decay), chunk in padded_superblocks(inputs, chunk_size):
+            rows_GN2CK = cut_together((q.to(start.dtype) * scale, a), chunk, start.dtype)
+            columns_GN2CK = cut_together((b, k), chunk, start.dtype)
+            values = (cut(x, chunk, start.dtype) for x in (v, decay))
+            o_GNCV, state_GKV = _superblock(rows_GN2CK, columns_GN2CK, *values, state_GKV)
+            outputs.append(join(o_GNCV, q.shape[2], q.shape[1]).to(q.dtype))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state_GKV.view(start.shape)
 
 
 def _superblock(
-    q_GNCK: Tensor,
-    k_GNCK: Tensor,
-    v_GNCV: Tensor,
-    a_GNCK: Tensor,
-    b_GNCK: Tensor,
-    log_decay_GNCK: Tensor,
-    state_GKV: Tensor,
+    rows_GN2CK: Tensor, columns_GN2CK: Tensor, v_GNCV: Tensor, log_decay_GNCK: Tensor, state_GKV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of one superblock and the state at its end; q carries the scale."""
+    """Outputs of one superblock and the state at its end; rows are q, which carries the scale, and a; columns b, k."""
+    q_GNCK, a_GNCK = rows_GN2CK.unbind(2)
     earlier_a = F.pad(a_GNCK[..., 1:, :], (0, 0, 0, 1))
-    rows, columns = torch.stack((q_GNCK, earlier_a), dim=-2), torch.stack((b_GNCK, k_GNCK), dim=-2)
-    pairs = decayed_pairs(rows, columns, log_decay_GNCK)
-    ab_GNCC, ak_GNCC = (_one_later(x) for x in pairs.scores_CRCS[..., 1, :, :].unbind(-1))
+    pairs = decayed_pairs(torch.stack((q_GNCK, earlier_a), dim=2), columns_GN2CK, log_decay_GNCK)
+    ab_GNCC, ak_GNCC = (_one_later(x) for x in pairs.scores_RCSC[:, :, 1].unbind(-2))
     inverse_GNCC = unit_lower_inverse(-ab_GNCC)
-    before_decay_GNCK = F.pad(pairs.from_start_CD[..., :-1, :], (0, 0, 1, 0), value=1.0)
+    b_GNCK, k_GNCK = pairs.to_end_SCK.unbind(2)
+    from_start_q, from_start_a = pairs.from_start_RCK.unbind(2)
+    read_GNCK = torch.cat((a_GNCK[..., :1, :], from_start_a[..., :-1, :]), dim=-2)
     u_GNCV, before_GNKV, state_GKV = hand_over_corrected(
         pairs.whole_D1,
-        (k_GNCK * pairs.to_end_CD).mT @ v_GNCV,
-        b_GNCK * pairs.to_end_CD,
+        k_GNCK.mT @ v_GNCV,
+        b_GNCK,
         inverse_GNCC @ (ak_GNCC @ v_GNCV),
-        inverse_GNCC @ (a_GNCK * before_decay_GNCK),
+        inverse_GNCC @ read_GNCK,
         state_GKV,
     )
-    o_GNCV = (q_GNCK * pairs.from_start_CD) @ before_GNKV
-    written = torch.stack((u_GNCV, v_GNCV), dim=-2).flatten(-3, -2)  # as the columns b and k are: next to each other
-    return add_product(o_GNCV, pairs.scores_CRCS[..., 0, :, :].flatten(-2), written), state_GKV
+    written = torch.cat((u_GNCV, v_GNCV), dim=-2)
+    return add_product(from_start_q @ before_GNKV, pairs.scores_RCSC[:, :, 0].flatten(-2), written), state_GKV
 
 
 def _one_later(x_CC: Tensor) -> Tensor:

@@ -55,9 +55,8 @@ def _superblock(
     q_GNCK: Tensor, k_GNCK: Tensor, v_GNCV: Tensor, log_decay_GNCK: Tensor, state_GKV: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Outputs of one superblock and the state at its end; q carries the scale."""
-    dtype = q_GNCK.dtype
-    pairs = decayed_pairs(q_GNCK[..., None, :], k_GNCK[..., None, :], log_decay_GNCK)
-    added_GNKV = (k_GNCK * pairs.to_end_CD).to(dtype).mT @ v_GNCV
+    pairs = decayed_pairs(q_GNCK[:, :, None], k_GNCK[:, :, None], log_decay_GNCK)
+    added_GNKV = pairs.to_end_SCK[:, :, 0].mT @ v_GNCV
     before_GNKV, state_GKV = hand_over(pairs.whole_D1, added_GNKV.to(state_GKV.dtype), state_GKV)
-    o_GNCV = (q_GNCK * pairs.from_start_CD).to(dtype) @ before_GNKV.to(dtype)
-    return add_product(o_GNCV, pairs.scores_CRCS[..., 0, :, 0], v_GNCV), state_GKV
+    o_GNCV = pairs.from_start_RCK[:, :, 0] @ before_GNKV.to(q_GNCK.dtype)
+    return add_product(o_GNCV, pairs.scores_RCSC[:, :, 0, :, 0], v_GNCV), state_GKV

@@ -18,7 +18,7 @@ ARCHITECTURES = ("HypeNetForCausalLM", "HybridForCausalLM")
 ATTENTION = "attn"
 LIGHTNING = ("lightning-attn", "lightning_attn")
 # What lightning_scale says, and the options of our mixer that say the same.
-SCALES: dict[str, dict[str, Any]] = {"1/sqrt(d)": {}}
+SCALES: dict[str, dict[str, Any]] = {word: {"scale": word} for word in ("1/sqrt(d)", "1/d", "1")}
 LONE_HYPE_BASE = 362.0  # the base that a scaling without a number stands for
 # Types of RoPE and what each needs beside rope_theta. Of the others, some mean another thing in another version of
 # transformers (YaRN's factor), and no HypeNet has one: its reach beyond the teacher's comes from layers without RoPE.
