@@ -3,15 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-tests
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed-tests
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint format families docs clean
+.PHONY: demo test test-matrix test-slow lint format families docs clean
 
 demo: $(STAMP)
 	$(VENV)/bin/halobench demo -o runs/demo
 
 test: $(TEST_STAMP)
+	$(VENV)/bin/python -m pytest -q -n 2
+
+# The suite with the oldest transformers that pyproject.toml allows, then with the newest.
+test-matrix: $(OLDEST_STAMP) $(TEST_STAMP)
+	$(OLDEST)/bin/python -m pytest -q -n 2
 	$(VENV)/bin/python -m pytest -q -n 2
 
 test-slow: $(TEST_STAMP)
@@ -47,5 +54,11 @@ $(TEST_STAMP): $(STAMP)
 	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]" triton==3.7.1
 	touch $@
 
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints-oldest.txt)"
+	$(OLDEST)/bin/pip install -q --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]" triton==3.7.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs build dist *.egg-info

@@ -1,4 +1,6 @@
-"""Measures the surgery room on this machine: python benchmarks/surgery.py lightning|mixers|transplant
+"""Measures the surgery room on this machine: python benchmarks/surgery.py PART..
+
+Parts: lightning, mixers, transplant, alignment.
 
 Each part writes benchmarks/surgery/PART.json: medians of alternating repeats in one process, with versions and machine.
 Only ratios within a record mean anything; machines differ, and so do their days.
@@ -127,6 +129,32 @@ def transplant() -> dict[str, Any]:
     }
 
 
+def alignment() -> dict[str, Any]:
+    """Relative error of every mixer after the same alignment of the embedded teacher, layer by layer."""
+    import json
+    import tempfile
+
+    from halobench.cli import app
+    from halobench.mixers import MIXERS
+
+    tokens, rows = 100_000, []
+    with tempfile.TemporaryDirectory() as place, torch.enable_grad():
+        for name in [name for name in MIXERS.built_in() if name not in ("softmax", "sliding_window")]:
+            out = Path(place) / name
+            settings = ["--set", f"align.tokens={tokens}"]
+            app(
+                ["convert", "tiny", "--mixer", name, "--until", "align", "-o", str(out), *settings],
+                standalone_mode=False,
+            )
+            stage = json.loads((out / "align" / "stage.json").read_text())
+            errors = list(stage["details"]["relative_error"].values())
+            rows.append(
+                {"mixer": name, "tokens": stage["tokens"], "seconds": stage["seconds"], "relative_error": errors}
+            )
+            print(f"{name:>16}: mean {sum(errors) / len(errors):.3f} in {stage['seconds']:.0f} s")
+    return {"teacher": "tiny", "recipe": "halo-tiny", "seeds": 1, "rows": rows}
+
+
 def _resident(field: str) -> int:
     """A field of this process's status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -135,7 +163,7 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-PARTS = {"lightning": lightning, "mixers": mixers, "transplant": transplant}
+PARTS = {"lightning": lightning, "mixers": mixers, "transplant": transplant, "alignment": alignment}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:]

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Bounds the memory of a chunked form at any length; large enough that the loop over superblocks costs nothing.
+# A superblock bounds the memory of a chunked form at any length. It has so many chunks that the loop over superblocks
+# costs nothing: at least 16, and where heads are few and small as many as make tensors of this many numbers, beyond
+# which a CPU's caches overflow.
 CHUNKS_IN_SUPERBLOCK = 16
+NUMBERS_IN_SUPERBLOCK = 2**17
 
 
 def zero_state(k_BHK: Tensor, v_BHV: Tensor) -> Tensor:
@@ -36,7 +41,8 @@ def superblocks(inputs: Sequence[Tensor], chunk: int) -> Iterator[tuple[tuple[Te
     Inputs are (B, T, ...). They are split, not sliced: each slice would fill a gradient of the whole length with zeros.
     """
     tokens = inputs[0].shape[1]
-    whole, step = tokens - tokens % chunk, chunk * CHUNKS_IN_SUPERBLOCK
+    fitting = NUMBERS_IN_SUPERBLOCK * tokens // max(1, inputs[0].numel() * chunk)
+    whole, step = tokens - tokens % chunk, chunk * max(CHUNKS_IN_SUPERBLOCK, fitting)
     lengths = [min(step, whole - start) for start in range(0, whole, step)]
     if whole < tokens:
         lengths.append(tokens - whole)
@@ -56,68 +62,108 @@ def padded_superblocks(inputs: Sequence[Tensor], chunk: int) -> Iterator[tuple[t
 
 
 def cut(x_BTHD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """(G, N, C, D) in `dtype`, the last chunk filled up with zeros."""
-    # Contiguous once, here: batched products would otherwise copy it at every use.
-    return _chunks(x_BTHD, chunk).to(dtype).contiguous().flatten(0, 1)
+    """(N, G, C, D) in `dtype`, the last chunk filled up with zeros."""
+    # Contiguous once, here: batched products would otherwise copy it at every use. Chunks first, for the hand-over.
+    return _chunks(x_BTHD, chunk).to(dtype).contiguous().flatten(1, 2)
 
 
 def cut_together(kinds_BTHD: Sequence[Tensor], chunk: int, dtype: torch.dtype) -> Tensor:
-    """`cut` of R tensors, stacked so that a chunk's tokens of all kinds are the rows of one matrix: (G, N, R, C, D)."""
-    return torch.stack([_chunks(x, chunk).to(dtype) for x in kinds_BTHD], dim=3).flatten(0, 1)
+    """`cut` of R tensors, stacked so that a chunk's tokens of all kinds are the rows of one matrix: (N, G, R, C, D)."""
+    return torch.stack([_chunks(x, chunk).to(dtype) for x in kinds_BTHD], dim=3).flatten(1, 2)
 
 
 def _chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
-    """(B, H, N, C, D), a view where no chunk has to be filled up with zeros."""
+    """(N, B, H, C, D), a view where no chunk has to be filled up with zeros."""
     missing = -x_BTHD.shape[1] % chunk
     if missing:
         x_BTHD = F.pad(x_BTHD, (0, 0, 0, 0, 0, missing))
-    return x_BTHD.unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
+    return x_BTHD.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4)
 
 
-def join(x_GNCD: Tensor, heads: int, tokens: int) -> Tensor:
+def join(x_NGCD: Tensor, heads: int, tokens: int) -> Tensor:
     """The opposite of `cut`: (B, T, H, D), without what was filled up."""
-    return x_GNCD.reshape(-1, heads, x_GNCD.shape[1] * x_GNCD.shape[2], x_GNCD.shape[3]).transpose(1, 2)[:, :tokens]
+    return x_NGCD.unflatten(1, (-1, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :tokens]
 
 
-def hand_over(decay_GNK1: Tensor, added_GNKV: Tensor, state_GKV: Tensor) -> tuple[Tensor, Tensor]:
-    """S_n = decay_n S_{n-1} + added_n over the chunks: the state before each chunk (G, N, K, V), and the last one.
+def hand_over(decay_NGK1: Tensor, added_NGKV: Tensor, state_GKV: Tensor) -> tuple[Tensor, Tensor]:
+    """S_n = decay_n S_{n-1} + added_n over the chunks: the state before each chunk (N, G, K, V), and the last one.
 
     The one loop over chunks; its work is small beside that within the chunks.
     """
     before = []
-    for decay_GK1, added_GKV in zip(decay_GNK1.unbind(1), added_GNKV.unbind(1), strict=True):
+    for decay_GK1, added_GKV in zip(decay_NGK1.unbind(), added_NGKV.unbind(), strict=True):
         before.append(state_GKV)
         state_GKV = torch.addcmul(added_GKV, state_GKV, decay_GK1)
-    return torch.stack(before, dim=1), state_GKV
+    return torch.stack(before), state_GKV
+
+
+class _CorrectedHandOver(torch.autograd.Function):
+    """The loop of `hand_over_corrected`, in place, and the same loop backwards.
+
+    A step is a few tiny products, so what autograd and new tensors cost at each would be most of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, decay: Tensor, added: Tensor | None, ends: Tensor, own: Tensor, read: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        written = own.clone(memory_format=torch.contiguous_format)
+        states = state.new_empty(own.shape[0] + 1, *state.shape)
+        if added is None:
+            states[0] = state
+        else:
+            torch.cat((state[None], added), out=states)
+        steps = zip(*(x.unbind() for x in (decay, ends, read, written)), strict=True)
+        before, *after = states.unbind()
+        for (decay_n, ends_n, read_n, u_n), after_n in zip(steps, after, strict=True):
+            u_n.baddbmm_(read_n, before)
+            if added is None:
+                torch.mul(before, decay_n, out=after_n)
+            else:
+                after_n.addcmul_(before, decay_n)
+            before = after_n.baddbmm_(ends_n.mT, u_n)
+        ctx.save_for_backward(decay, ends, read, written, states)
+        ctx.has_added = added is not None
+        return written, states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_written: Tensor, d_states: Tensor) -> tuple[Tensor | None, ...]:
+        decay, ends, read, written, states = ctx.saved_tensors
+        d_written, d_states = (x.clone(memory_format=torch.contiguous_format) for x in (d_written, d_states))
+        with without_autocast(states):
+            steps = zip(*(x.unbind() for x in (decay, ends, read, d_written)), strict=True)
+            *d_before, d_after = d_states.unbind()
+            for (decay_n, ends_n, read_n, d_u), d_earlier in zip(
+                reversed(list(steps)), reversed(d_before), strict=True
+            ):
+                d_u.baddbmm_(ends_n, d_after)
+                d_after = d_earlier.addcmul_(d_after, decay_n).baddbmm_(read_n.mT, d_u)
+            before, d_after = states[:-1], d_states[1:]
+            d_decay = (before * d_after).sum(-1, keepdim=True).sum_to_size(decay.shape)
+            d_ends, d_read = written @ d_after.mT, d_written @ before.mT
+        return d_decay, d_after if ctx.has_added else None, d_ends, d_written, d_read, d_states[0]
 
 
 def hand_over_corrected(
-    decay_GNK1: Tensor,
-    added_GNKV: Tensor | None,
-    ends_GNCK: Tensor,
-    own_GNCV: Tensor,
-    read_GNCK: Tensor,
+    decay_NGK1: Tensor,
+    added_NGKV: Tensor | None,
+    ends_NGCK: Tensor,
+    own_NGCV: Tensor,
+    read_NGCK: Tensor,
     state_GKV: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The hand-over when what a chunk writes depends on the state it finds, as in the delta rules:
 
         U_n = own_n + read_n S_{n-1}        S_n = decay_n S_{n-1} + ends_n^T U_n + added_n
 
-    Returns U (G, N, C, V), the state before each chunk (G, N, K, V), and the last state.
+    Returns U (N, G, C, V), the state before each chunk (N, G, K, V), and the last state.
     """
-    before, written = [], []
-    chunks = zip(*(x.unbind(1) for x in (decay_GNK1, ends_GNCK, own_GNCV, read_GNCK)), strict=True)
-    added = [None] * own_GNCV.shape[1] if added_GNKV is None else added_GNKV.unbind(1)
-    for (decay_GK1, ends_GCK, own_GCV, read_GCK), added_GKV in zip(chunks, added, strict=True):
-        before.append(state_GKV)
-        u_GCV = torch.baddbmm(own_GCV, read_GCK, state_GKV)
-        kept_GKV = state_GKV * decay_GK1 if added_GKV is None else torch.addcmul(added_GKV, state_GKV, decay_GK1)
-        state_GKV = torch.baddbmm(kept_GKV, ends_GCK.mT, u_GCV)
-        written.append(u_GCV)
-    return torch.stack(written, dim=1), torch.stack(before, dim=1), state_GKV
+    written, states = _CorrectedHandOver.apply(decay_NGK1, added_NGKV, ends_NGCK, own_NGCV, read_NGCK, state_GKV)
+    return written, states[:-1], states[-1]
 
 
-def add_product(x_GNCV: Tensor, left_GNCJ: Tensor, right_GNJV: Tensor) -> Tensor:
+def add_product(x_NGCV: Tensor, left_NGCJ: Tensor, right_NGJV: Tensor) -> Tensor:
     """x + left @ right for every chunk, in one pass."""
-    flat = torch.baddbmm(x_GNCV.flatten(0, 1), left_GNCJ.flatten(0, 1), right_GNJV.flatten(0, 1))
-    return flat.view(x_GNCV.shape)
+    flat = torch.baddbmm(*(x.flatten(0, -3) for x in (x_NGCV, left_NGCJ, right_NGJV)))
+    return flat.view(x_NGCV.shape)

@@ -1,4 +1,4 @@
-"""Sums of products under decay, safe for any decay: no exponent is positive and nothing is divided by a decay.
+"""Sums of products under decay, safe for any decay.
 
 The products within a chunk are A_ij = sum_c r_ic k_jc exp(g_{j+1,c} + ... + g_ic) for j <= i. With one decay for all
 channels the exponentials stand outside the sum. With one per channel they must be split between row and column, and
@@ -7,8 +7,10 @@ token m between them instead, exp(b_i - b_m) exp(b_m - b_j), both at most 1. Her
 halved, the halves are halved, and so on; the block below the diagonal at each level is one matrix product that splits
 at its corner. The decays to and from the corners of all levels are products of those of the level below.
 
-Shapes: Z = G * N chunks of C tokens, a power of two; R and S kinds of rows and of columns that share the decays
-(a query and a key, say), next to each other at every token; K key size, D = K or 1.
+Where all chunks decay so mildly that the usual split cannot overflow it is taken, on a CPU: it is twice as fast.
+
+Shapes: Z = N * G chunks of C tokens, a power of two; R and S kinds of rows and of columns that share the decays
+(a query and a key, say); K key size, D = K or 1.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ from torch.nn import functional as F
 from halobench.kernels.chunks import without_autocast
 from halobench.kernels.triangular import half_blocks
 
-
 # The largest decay (log) over a chunk whose inverse is taken: exp(20) leaves fp32 room for any product, and a sum of
 # decays of this size is rounded to 1e-6, which is what the token loop loses in as many products.
 MILD = 20.0
@@ -35,10 +36,10 @@ MILD = 20.0
 class Pairs:
     """Decayed products of every chunk, and its rows and columns decayed to the chunk's ends (no factor exceeds 1)."""
 
-    scores_RCSC: Tensor  # A, zero for j > i: (G, N, R, C, S, C), in the rows' dtype
+    scores_RCSC: Tensor  # A, zero for j > i: (N, G, R, C, S, C), in the rows' dtype
     from_start_RCK: Tensor  # rows under the decay from the chunk's start up to and with their token
     to_end_SCK: Tensor  # columns under the decay after their token to the chunk's end
-    whole_D1: Tensor  # decay of the whole chunk: (G, N, D, 1)
+    whole_D1: Tensor  # decay of the whole chunk: (N, G, D, 1)
 
 
 def decayed_pairs(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CD: Tensor) -> Pairs:
@@ -48,37 +49,52 @@ def decayed_pairs(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CD: Tensor) -
     looking at the decays, which on a GPU would wait for it: there the forms that hold for any decay are taken.
 
     Args:
-        rows_RCK, columns_SCK: (G, N, R, C, K) and (G, N, S, C, K); C is a power of two for decays of each channel.
-        log_decay_CD: g, at most 0, in the state's dtype: (G, N, C, K), or (G, N, C, 1) for one decay of all channels.
+        rows_RCK, columns_SCK: (N, G, R, C, K) and (N, G, S, C, K); C is a power of two for decays of each channel.
+        log_decay_CD: g, at most 0, in the state's dtype: (N, G, C, K), or (N, G, C, 1) for one decay of all channels.
     """
-    dtype, kinds, columns = rows_RCK.dtype, rows_RCK.shape[2], columns_SCK.shape[2]
-    b_CD = log_decay_CD.cumsum(-2)
-    mild = b_CD.device.type == "cpu" and dtype != torch.float16 and bool(b_CD[..., -1, :].amin() > -MILD)
-    if not mild and b_CD.shape[-1] > 1:
-        return _pairs_by_halves(rows_RCK, columns_SCK, log_decay_CD)
+    looked_at = log_decay_CD.device.type == "cpu" and rows_RCK.dtype != torch.float16  # exp(MILD) overflows in fp16
+    if looked_at and bool(log_decay_CD.detach().sum(-2).amin() > -MILD):
+        return _pairs_where_mild(rows_RCK, columns_SCK, log_decay_CD)
+    pairs = _pairs_by_halves if log_decay_CD.shape[-1] > 1 else _pairs_of_one_decay
+    return pairs(rows_RCK, columns_SCK, log_decay_CD)
+
+
+def _pairs_where_mild(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CD: Tensor) -> Pairs:
+    """No chunk decays by more than exp(-MILD); one decay or one of each channel."""
+    b_CD, dtype, chunk = log_decay_CD.cumsum(-2), rows_RCK.dtype, log_decay_CD.shape[-2]
     from_start_1CD, whole_D1 = b_CD.exp()[:, :, None], b_CD[..., -1, :, None].exp()
     rows = (rows_RCK * from_start_1CD).to(dtype)
-    if mild:
-        back = columns_SCK * from_start_1CD.reciprocal()
-        scores = rows.flatten(2, 3) @ back.to(dtype).flatten(2, 3).mT
-        to_end = back * whole_D1.mT[:, :, None]
-        factors_CC = torch.ones(b_CD.shape[-2], b_CD.shape[-2], dtype=dtype, device=b_CD.device).tril()
-    else:
-        after_CD = F.pad(log_decay_CD[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)
-        to_end = columns_SCK * after_CD.exp()[:, :, None]
-        scores = rows_RCK.flatten(2, 3) @ columns_SCK.flatten(2, 3).mT
-        factors_CC = lower_exp(b_CD.squeeze(-1)).to(dtype)[:, :, None, :, None]
-    shape = *rows.shape[:4], columns, rows.shape[3]
+    columns = columns_SCK * from_start_1CD.reciprocal()
+    causal_C1C = torch.ones(chunk, chunk, dtype=dtype, device=b_CD.device).tril()[:, None]
     return Pairs(
-        scores_RCSC=scores.view(shape) * (factors_CC if factors_CC.ndim > 2 else factors_CC[:, None]),
+        scores_RCSC=_products(rows, columns.to(dtype)) * causal_C1C,
         from_start_RCK=rows,
-        to_end_SCK=to_end.to(dtype),
+        to_end_SCK=(columns * whole_D1.mT[:, :, None]).to(dtype),
         whole_D1=whole_D1,
     )
 
 
+def _pairs_of_one_decay(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_C1: Tensor) -> Pairs:
+    """Any decay of all channels: the exponentials stand outside the sum over channels."""
+    b_C = log_decay_C1.squeeze(-1).cumsum(-1)
+    after_C = F.pad(log_decay_C1.squeeze(-1)[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
+    products = _products(rows_RCK, columns_SCK)
+    return Pairs(
+        scores_RCSC=products * lower_exp(b_C).to(products.dtype)[:, :, None, :, None],
+        from_start_RCK=(rows_RCK * b_C.exp()[:, :, None, :, None]).to(rows_RCK.dtype),
+        to_end_SCK=(columns_SCK * after_C.exp()[:, :, None, :, None]).to(columns_SCK.dtype),
+        whole_D1=b_C[..., -1, None, None].exp(),
+    )
+
+
+def _products(rows_RCK: Tensor, columns_SCK: Tensor) -> Tensor:
+    """Every row by every column of its chunk: (N, G, R, C, S, C)."""
+    flat = rows_RCK.flatten(2, 3) @ columns_SCK.flatten(2, 3).mT
+    return flat.view(*rows_RCK.shape[:-1], *columns_SCK.shape[2:4])
+
+
 def _pairs_by_halves(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CK: Tensor) -> Pairs:
-    """Any decay of each channel."""
+    """Any decay of each channel: see the top of this file."""
     lead = rows_RCK.shape[:2]
     flat = (x.flatten(0, 1) for x in (rows_RCK.transpose(2, 3), columns_SCK.transpose(2, 3), log_decay_CK))
     scores, from_start, to_end = (x.unflatten(0, lead) for x in _ChannelPairs.apply(*flat))

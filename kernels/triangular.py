@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from halobench.kernels.chunks import without_autocast
 
-
+# Rows of the blocks that are inverted by elimination; larger ones are put together from them.
 ELIMINATED = 8
 
 
@@ -30,8 +30,8 @@ def half_blocks(x_ZCC: Tensor, blocks: int, row: int, column: int) -> Tensor:
 def _eliminate(lower_ZCC: Tensor, size: int) -> Tensor:
     """Inverses of the diagonal blocks of `size` rows, (Z, M, size, size), by substitution column after column.
 
-    The matrices stand in the last dimension, so each step is one operation on long vectors: as batched products of
-    blocks this small, nine tenths of the time would go into starting each product.
+    The matrices stand in the last dimension, so a step is one operation on long vectors; as batched products, blocks
+    this small would cost more in calls than in arithmetic.
     """
     blocks = lower_ZCC.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3)
     lower = blocks.permute(1, 2, 0, 3).contiguous()  # (size, size, Z, M)

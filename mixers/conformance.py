@@ -59,7 +59,7 @@ class Subject:
     def run(self, mixer: Mixer, hidden: Tensor, mask: Tensor | None = None, cache: HybridCache | None = None) -> Tensor:
         """The mixer on a batch that may continue a cache; `mask` covers past and new tokens."""
         past, tokens = (0 if cache is None else cache.get_seq_length()), hidden.shape[1]
-        positions = torch.arange(past, past + tokens)[None]
+        positions = torch.arange(past, past + tokens, device=hidden.device)[None]
         if mask is not None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         context = MixerContext(
@@ -84,8 +84,8 @@ def rotary_tables(positions_BT: Tensor, view: AttentionView) -> tuple[Tensor, Te
     """(cos, sin) as a decoder with this attention hands them to its layers."""
     if not view.rope:
         return None
-    frequencies = 1e4 ** -(torch.arange(0, view.rotary_dim, 2, dtype=torch.float64) / view.rotary_dim)
-    angles = positions_BT[..., None] * frequencies
+    powers = torch.arange(0, view.rotary_dim, 2, dtype=torch.float64, device=positions_BT.device) / view.rotary_dim
+    angles = positions_BT[..., None] * 1e4**-powers
     angles = angles.repeat_interleave(2, -1) if view.rope_table_interleaved else angles.repeat(1, 1, 2)
     return angles.cos(), angles.sin()
 

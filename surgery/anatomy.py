@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from halobench.errors import UserError
 from halobench.mixers.contract import MixerContext
@@ -99,6 +99,23 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
         raise UserError(f"{config.model_type} has no causal language model in transformers; {DECODERS}") from error
+
+
+def leaves_caps_out(model: PreTrainedModel) -> bool:
+    """Whether the scores are to be soft-capped and the kernel set for them is sdpa, which cannot do it.
+
+    Versions of transformers differ in what comes of that: an error, another kernel, or scores without caps.
+    """
+    if model.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
+        return False
+    return any(getattr(module, "attn_logit_softcapping", None) is not None for module in model.modules())
+
+
+def honour_caps(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, set to a kernel that caps its scores if they are to be capped."""
+    if leaves_caps_out(model):
+        model.set_attn_implementation("eager")
+    return model
 
 
 def refuse_config(config: PretrainedConfig) -> None:
@@ -225,18 +242,23 @@ def _rotary_dim(model: PreTrainedModel, attention: Any, index: int, head_dim: in
 
 def _window(config: Any, attention: Any, index: int) -> int | None:
     """Tokens a query of this layer sees, itself included; None is all."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return config.sliding_window if kinds[index] == "sliding_attention" else None
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[index] != "sliding_attention":
-        return None
     return getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
 
 
 def source_windows(model: PreTrainedModel) -> list[int | None]:
-    """The window of each layer's attention, in tokens; None is all. Of no meaning where another mixer stands."""
-    config = model.config.get_text_config(decoder=True)
-    return [_window(config, attention, index) for index, attention in attention_modules(model).items()]
+    """The window that transformers itself gives each layer's cache, in tokens; None keeps all.
+
+    Of no meaning where another mixer stands.
+    """
+    layers = len(decoder_layers(model)[0])
+    own = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    windows = [getattr(layer, "sliding_window", None) for layer in own]
+    return windows if len(windows) == layers else [None] * layers
 
 
 def _check_views(model: PreTrainedModel, views: Sequence[AttentionView], modules: dict[int, nn.Module]) -> None:
@@ -244,6 +266,11 @@ def _check_views(model: PreTrainedModel, views: Sequence[AttentionView], modules
 
     This is what catches a rotation of another layout, a norm of another formula or place, a factor nobody declared.
     """
+    if leaves_caps_out(model):
+        raise UserError(
+            f"{model.config.model_type} caps its attention scores, and the sdpa kernel that it is set to leaves the "
+            'caps out; load it with attn_implementation="eager", or with load_model'
+        )
     seen = watch_attention(model, _probe(model), modules)
     for view in views:
         hidden, tables, expected = seen[view.layer_index]

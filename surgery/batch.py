@@ -47,6 +47,8 @@ def read_batch(facts: BatchFacts, *, kept: bool, mixed: bool) -> dict[str, Any]:
         else:
             positions = (mask_BS.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
     new_BT = None if mask_BS is None else mask_BS[:, past:]
+    if facts.position_ids is not None and facts.tokens > 1:
+        _check_order(positions, new_BT)
     context = MixerContext(
         positions_BT=positions if positions.ndim == 2 else positions[None],
         padding_mask_BT=None if new_BT is None or bool(new_BT.all()) else new_BT,
@@ -57,6 +59,18 @@ def read_batch(facts: BatchFacts, *, kept: bool, mixed: bool) -> dict[str, Any]:
     attention_mask = facts.attention_mask if kept else unread
     positions = _carrying(positions, context)
     return {"attention_mask": attention_mask, "position_ids": positions, "mixer_context": context}
+
+
+def _check_order(positions: Tensor, real_BT: Tensor | None) -> None:
+    """Refuses several texts packed into one row: a state would run from one into the next."""
+    backwards = positions[..., 1:] <= positions[..., :-1]
+    if real_BT is not None:
+        backwards = backwards & real_BT[:, 1:] & real_BT[:, :-1]
+    if bool(backwards.any()):
+        raise UserError(
+            "position_ids do not rise along a row, as when several texts are packed into one; a state would run from "
+            "one text into the next: give each text a row of its own, padded"
+        )
 
 
 # Some families (StableLM) pass no further keyword arguments on to their attention, but all pass the positions on as

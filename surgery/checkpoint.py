@@ -25,7 +25,7 @@ from halobench.errors import HalobenchError, UserError
 from halobench.files import atomic_path, read_json, write_json
 from halobench.mixers import MIXERS
 from halobench.mixers.contract import Mixer, build_mixer
-from halobench.surgery.anatomy import read_attention
+from halobench.surgery.anatomy import honour_caps, read_attention
 from halobench.surgery.hybrid import HybridConfig  # registers the hybrid with the Auto classes
 
 MIXERS_FORMAT = 1
@@ -83,6 +83,7 @@ def load_model(
         raise UserError(f"{path} {what}: {reason}") from error
     model, report = loaded
     check_report(path, report)
+    honour_caps(model)
     return model.to(device).eval() if device is not None else model.eval()
 
 

@@ -20,7 +20,7 @@ from halobench.mixers import MIXERS
 from halobench.mixers.cache import FIRST_ROOM, HybridCache
 from halobench.mixers.contract import Mixer, MixerContext, build_mixer
 from halobench.surgery import heads
-from halobench.surgery.anatomy import decoder_layers, read_attention, source_windows
+from halobench.surgery.anatomy import decoder_layers, honour_caps, read_attention, source_windows
 from halobench.surgery.batch import BatchFacts, carried, read_batch
 from halobench.surgery.plan import KEEP, SurgeryPlan
 
@@ -133,7 +133,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         if backbone is None:
             source = config.source_config()
             source._attn_implementation = asked
-            backbone = AutoModelForCausalLM.from_config(source, dtype=torch.get_default_dtype())
+            backbone = honour_caps(AutoModelForCausalLM.from_config(source, dtype=torch.get_default_dtype()))
             config._attn_implementation = backbone.config._attn_implementation
         self.backbone = backbone
         self._replace_attention(config.surgery_plan(), mixers or {})

@@ -33,6 +33,9 @@ BIASES = ("alibi", "position_bias")  # arguments of attention that add something
 # Layers of families that rotate in some layers only and do not say so in `use_rope`.
 ROTATES: dict[str, Callable[[Any], bool]] = {
     "cohere2": lambda attention: attention.sliding_window is not None,
+    "cohere2_moe": lambda attention: attention.sliding_window is not None or attention.force_rope,
+    "exaone4": lambda attention: attention.sliding_window is None or attention.is_sliding,
+    "exaone_moe": lambda attention: attention.sliding_window is None or attention.is_sliding,
 }
 
 

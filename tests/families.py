@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from halobench.surgery.anatomy import honour_caps
+
 SLIDING, FULL = "sliding_attention", "full_attention"
 COMMON: dict[str, Any] = {
     "hidden_size": 48,
@@ -59,6 +61,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cohere": ("neighbouring pairs rotated, a norm of its own for every head, parallel block", {"use_qk_norm": True}),
     "cohere2": ("RoPE in windowed layers only, parallel block", {"head_dim": 12, **ALTERNATING}),
+    "exaone4": ("norms on q and k, RoPE in windowed layers only", {"head_dim": 12, **ALTERNATING}),
     "starcoder2": ("biases everywhere, windows", {"sliding_window": 8}),
     "glm": ("neighbouring pairs of half a head rotated", {"head_dim": 12, "attention_bias": True, **PARTIAL}),
     "gpt2": (
@@ -80,4 +83,4 @@ def make_family(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim <= 2 and parameter.std() < 1e-3 or parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return honour_caps(model).eval()

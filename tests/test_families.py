@@ -209,6 +209,28 @@ def test_a_model_with_an_unknown_twist_is_refused_by_running_it(tokens) -> None:
         build_mixers(teacher, "lightning")
 
 
+@torch.no_grad()
+def test_soft_caps_are_kept_whichever_kernel_transformers_would_choose(tokens, tmp_path) -> None:
+    teacher = make_family("gemma2")
+    expected = teacher(tokens).logits
+    student = transplant(teacher, SurgeryPlan.for_model(teacher, keep=[1, 2]))
+    for name, model in (("teacher", teacher), ("student", student)):
+        save_model(tmp_path / name, model)
+        assert torch.equal(load_model(tmp_path / name)(tokens).logits, model(tokens).logits)
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert torch.equal(by_transformers(tokens).logits, student(tokens).logits)
+    for layer in teacher.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(teacher(tokens).logits, expected, atol=1e-2)
+
+
+def test_a_model_set_to_a_kernel_without_its_soft_caps_is_refused() -> None:
+    teacher = make_family("gemma2")
+    teacher.config._attn_implementation = "sdpa"
+    with pytest.raises(UserError, match="gemma2 caps its attention scores.*attn_implementation=.eager."):
+        build_mixers(teacher, "lightning")
+
+
 def test_quantised_or_adapted_projections_are_refused() -> None:
     teacher = make_family("llama")
     attention = teacher.model.layers[0].self_attn

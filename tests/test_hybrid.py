@@ -216,6 +216,15 @@ def test_bfloat16_stays_near_float32(teacher, tokens) -> None:
     assert student.generate(tokens, max_new_tokens=4, do_sample=False).shape == (3, 44)
 
 
+def test_several_texts_packed_into_a_row_are_refused(teacher, tokens) -> None:
+    student = student_of(teacher)
+    packed = torch.cat((torch.arange(25), torch.arange(15)))[None].expand(3, -1)
+    with pytest.raises(UserError, match="packed into one"):
+        student(tokens, position_ids=packed)
+    shifted = student(tokens, position_ids=torch.arange(100, 140)[None])
+    assert shifted.logits.isfinite().all()
+
+
 def test_a_foreign_cache_and_a_mask_of_the_wrong_length_are_refused(teacher, tokens) -> None:
     student = student_of(teacher)
     with pytest.raises(UserError, match="DynamicCache.*new_cache"):

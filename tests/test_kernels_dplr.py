@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halobench.kernels.chunks import CHUNKS_IN_SUPERBLOCK
+from halobench.kernels import chunks
+from halobench.kernels.decays import MILD
 from halobench.kernels.delta_rule.naive import delta_rule_naive
 from halobench.kernels.dplr.chunked import dplr_chunked
 from halobench.kernels.dplr.naive import dplr_naive
@@ -50,8 +51,9 @@ def test_chunked_equals_the_token_loop_with_its_gradients(tokens: int) -> None:
     assert_same(values_and_gradients(dplr_chunked, inputs(tokens)), expected)
 
 
-def test_many_superblocks_hand_their_state_on() -> None:
-    tokens = 2 * 4 * CHUNKS_IN_SUPERBLOCK + 11
+def test_many_superblocks_hand_their_state_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "NUMBERS_IN_SUPERBLOCK", 1)
+    tokens = 2 * 4 * chunks.CHUNKS_IN_SUPERBLOCK + 11
     expected = dplr_naive(*inputs(tokens), scale=1.0)
     assert_same(dplr_chunked(*inputs(tokens), scale=1.0, chunk_size=4), expected)
 
@@ -87,6 +89,17 @@ def test_extreme_decays_are_exact_forward_and_backward_in_float32() -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.isfinite().all()
         assert (a.double() - b).norm() < 1e-4 * b.norm()
+
+
+@pytest.mark.parametrize("whole", [0.9 * MILD, 1.1 * MILD])
+def test_decays_on_either_side_of_mild_are_exact_forward_and_backward_in_float32(whole: float) -> None:
+    g = (-whole / 16 * draw(70, K, seed=6).sigmoid()).clamp(min=-whole / 32)  # most at the floor, 32 tokens a chunk
+    g[:, :32] = -whole / 32
+    exact = [*inputs(70)[:5], g]
+    expected = values_and_gradients(dplr_naive, exact)
+    got = values_and_gradients(dplr_chunked, [x.float() for x in exact])
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() < 1e-5 * b.norm()
 
 
 def test_bfloat16_stays_near_the_definition_at_length_and_keeps_an_fp32_state() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halobench.kernels.scalar_decay.chunked import CHUNKS_IN_SUPERBLOCK, scalar_decay_chunked
+from halobench.kernels import chunks
+from halobench.kernels.scalar_decay.chunked import scalar_decay_chunked
 from halobench.kernels.scalar_decay.naive import scalar_decay_naive
 from halobench.kernels.scalar_decay.slopes import alibi_slopes
 from halobench.kernels.scalar_decay.step import scalar_decay_step
@@ -67,8 +68,9 @@ def test_gradients_of_chunked_equal_those_of_the_token_loop(per_token: bool) -> 
 
 
 @pytest.mark.parametrize("per_token", [False, True])
-def test_many_superblocks_hand_their_state_on(per_token: bool) -> None:
-    tokens = 2 * 4 * CHUNKS_IN_SUPERBLOCK + 11
+def test_many_superblocks_hand_their_state_on(per_token: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "NUMBERS_IN_SUPERBLOCK", 1)
+    tokens = 2 * 4 * chunks.CHUNKS_IN_SUPERBLOCK + 11
     q, k, v, g = inputs(tokens, per_token)
     expected = scalar_decay_naive(q, k, v, g, scale=1.0)
     got = scalar_decay_chunked(q, k, v, g, scale=1.0, chunk_size=4)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halobench.kernels.chunks import CHUNKS_IN_SUPERBLOCK
-from halobench.kernels.decays import decayed_pairs
+from halobench.kernels import chunks
+from halobench.kernels.decays import MILD, decayed_pairs
 from halobench.kernels.scalar_decay.naive import scalar_decay_naive
 from halobench.kernels.vector_decay.chunked import vector_decay_chunked
 from halobench.kernels.vector_decay.naive import vector_decay_naive
@@ -54,8 +54,9 @@ def test_any_power_of_two_is_a_chunk_size_and_nothing_else(chunk_size: int) -> N
         vector_decay_chunked(*inputs(70), scale=1.0, chunk_size=48)
 
 
-def test_many_superblocks_hand_their_state_on() -> None:
-    tokens = 2 * 4 * CHUNKS_IN_SUPERBLOCK + 11
+def test_many_superblocks_hand_their_state_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "NUMBERS_IN_SUPERBLOCK", 1)
+    tokens = 2 * 4 * chunks.CHUNKS_IN_SUPERBLOCK + 11
     expected = vector_decay_naive(*inputs(tokens), scale=1.0)
     assert_same(vector_decay_chunked(*inputs(tokens), scale=1.0, chunk_size=4), expected)
 
@@ -88,15 +89,26 @@ def test_extreme_decays_are_exact_forward_and_backward_in_float32() -> None:
 
 @pytest.mark.parametrize("size", [1, K])
 def test_pair_products_of_several_kinds_equal_the_sum_written_out(size: int) -> None:
-    rows, columns = draw(8, 2, K, seed=4), draw(8, 3, K, seed=5)  # (G, N, C, ...) = (2, 8, 3, ...): C must be last
+    rows, columns = draw(8, 2, K, seed=4), draw(8, 3, K, seed=5)  # (G, N, C, ...) = (B, T, ...)
     rows, columns = (x.permute(0, 2, 3, 1, 4) for x in (rows, columns))
     g = log_decay(8, size).transpose(1, 2)
     pairs = decayed_pairs(rows, columns, g)
     for i in range(8):
         for j in range(8):
             decay = g[:, :, j + 1 : i + 1].sum(2).exp() if j <= i else 0 * g[:, :, 0]
-            expected = torch.einsum("gnrk,gnsk->gnrs", rows[:, :, i] * decay[..., None, :], columns[:, :, j])
+            expected = torch.einsum("gnrk,gnsk->gnrs", rows[:, :, :, i] * decay[..., None, :], columns[:, :, :, j])
             torch.testing.assert_close(pairs.scores_RCSC[:, :, :, i, :, j], expected)
+
+
+@pytest.mark.parametrize("whole", [0.9 * MILD, 1.1 * MILD])
+def test_decays_on_either_side_of_mild_are_exact_forward_and_backward_in_float32(whole: float) -> None:
+    g = (-whole / 16 * draw(70, K, seed=6).sigmoid()).clamp(min=-whole / 32)  # most at the floor, 32 tokens a chunk
+    g[:, :32] = -whole / 32
+    exact = [*inputs(70)[:3], g]
+    expected = values_and_gradients(vector_decay_naive, exact)
+    got = values_and_gradients(vector_decay_chunked, [x.float() for x in exact])
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() < 1e-5 * b.norm()
 
 
 def test_bfloat16_stays_near_the_definition_at_length_and_keeps_an_fp32_state() -> None:

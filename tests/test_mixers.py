@@ -329,6 +329,26 @@ def _plain(tokens: int):
     return MixerContext.plain(tokens)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MIXERS.names())
+@torch.no_grad()
+def test_on_a_gpu_a_mixer_answers_as_on_the_cpu_and_says_what_ran(name) -> None:
+    case = subject(example_view(torch.bfloat16, head_dim=16, rotary_dim=16, **wide_enough()), name)
+    mixer, hidden = case.build(), case.noise(2, 300)
+    expected = case.run(mixer, hidden)
+    got = case.run(mixer.cuda(), hidden.cuda())
+    assert (got.cpu().float() - expected.float()).norm() < 0.03 * expected.float().norm()
+    assert mixer.used_backend in ("fla", "torch", "sdpa")
+
+
+def wide_enough() -> dict[str, object]:
+    """Weights for heads of 16: fla's kernels take powers of two."""
+    rows = {"q_weight": 64, "k_weight": 32, "v_weight": 32}
+    weights = {name: (0.2 * torch.randn(n, 40)).bfloat16() for name, n in rows.items()}
+    plain = {"q_bias": None, "k_bias": None, "v_bias": None, "q_norm": None, "k_norm": None}
+    return {**weights, "o_weight": (0.2 * torch.randn(40, 64)).bfloat16(), **plain}
+
+
 # Rotation
 
 

@@ -134,9 +134,15 @@ def _show_lengths(drawn: Drawn, console: Console) -> None:
     console.print(flops)
 
 
+def _time(hours: float) -> str:
+    from halobench.units import format_seconds
+
+    return f"{hours:.2g} h" if hours >= 1 else f"{3600 * hours:.2g} s" if hours < 0.01 else format_seconds(3600 * hours)
+
+
 def _show_stages(drawn: Drawn, console: Console) -> None:
     from halobench.units import format_count
 
     for row in drawn.stages:
-        console.print(f"{row.stage:>9}: {format_count(row.tokens)} tokens, about {row.hours:.2g} h")
+        console.print(f"{row.stage:>9}: {format_count(row.tokens)} tokens, about {_time(row.hours)}")
     console.print(f"hours: {drawn.assumption}")

@@ -63,22 +63,23 @@ def delta_rule_chunked(
     state_GKV, outputs = start.flatten(0, 1), []
     with without_autocast(q_BTHK):
         for (q, k, *rest), chunk in padded_superblocks(inputs, chunk_size):
-            rows_GN2CK = cut_together((q.to(start.dtype) * scale, k), chunk, start.dtype)
-            o_GNCV, state_GKV = _superblock(rows_GN2CK, *(cut(x, chunk, start.dtype) for x in rest), state_GKV)
-            outputs.append(join(o_GNCV, q.shape[2], q.shape[1]).to(q.dtype))
+            rows_NG2CK = cut_together((q.to(start.dtype) * scale, k), chunk, start.dtype)
+            v, beta, decay = (cut(x, chunk, start.dtype) for x in rest)
+            o_NGCV, state_GKV = _superblock(rows_NG2CK, v, beta, decay, state_GKV)
+            outputs.append(join(o_NGCV, q.shape[2], q.shape[1]).to(q.dtype))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state_GKV.view(start.shape)
 
 
 def _superblock(
-    rows_GN2CK: Tensor, v_GNCV: Tensor, beta_GNC1: Tensor, log_decay_GNCD: Tensor, state_GKV: Tensor
+    rows_NG2CK: Tensor, v_NGCV: Tensor, beta_NGC1: Tensor, log_decay_NGCD: Tensor, state_GKV: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Outputs of one superblock and the state at its end; the rows are q, which carries the scale, and k."""
-    pairs = decayed_pairs(rows_GN2CK, rows_GN2CK[:, :, 1:], log_decay_GNCD)
-    q_scores_GNCC, k_scores_GNCC = pairs.scores_RCSC[..., 0, :].unbind(2)
-    q_GNCK, k_GNCK = pairs.from_start_RCK.unbind(2)
+    pairs = decayed_pairs(rows_NG2CK, rows_NG2CK[:, :, 1:], log_decay_NGCD)
+    q_scores_NGCC, k_scores_NGCC = pairs.scores_RCSC[..., 0, :].unbind(2)
+    q_NGCK, k_NGCK = pairs.from_start_RCK.unbind(2)
     # What solves for U, applied to beta V and to - beta K: the column of a token by its beta.
-    inverse_GNCC = unit_lower_inverse(k_scores_GNCC.tril(-1) * beta_GNC1) * beta_GNC1.mT
-    u_GNCV, before_GNKV, state_GKV = hand_over_corrected(
-        pairs.whole_D1, None, pairs.to_end_SCK[:, :, 0], inverse_GNCC @ v_GNCV, -inverse_GNCC @ k_GNCK, state_GKV
+    inverse_NGCC = unit_lower_inverse(k_scores_NGCC.tril(-1) * beta_NGC1) * beta_NGC1.mT
+    u_NGCV, before_NGKV, state_GKV = hand_over_corrected(
+        pairs.whole_D1, None, pairs.to_end_SCK[:, :, 0], inverse_NGCC @ v_NGCV, -inverse_NGCC @ k_NGCK, state_GKV
     )
-    return add_product(q_GNCK @ before_GNKV, q_scores_GNCC, u_GNCV), state_GKV
+    return add_product(q_NGCK @ before_NGKV, q_scores_NGCC, u_NGCV), state_GKV

@@ -65,36 +65,44 @@ def dplr_chunked(
     state_GKV, outputs = start.flatten(0, 1), []
     with without_autocast(q_BTHK):
         for (q, k, v, a, b, decay), chunk in padded_superblocks(inputs, chunk_size):
-            rows_GN2CK = cut_together((q.to(start.dtype) * scale, a), chunk, start.dtype)
-            columns_GN2CK = cut_together((b, k), chunk, start.dtype)
-            values = (cut(x, chunk, start.dtype) for x in (v, decay))
-            o_GNCV, state_GKV = _superblock(rows_GN2CK, columns_GN2CK, *values, state_GKV)
-            outputs.append(join(o_GNCV, q.shape[2], q.shape[1]).to(q.dtype))
+            earlier_a = F.pad(a[:, 1:], (0, 0, 0, 0, 0, 1))  # what crosses into the chunk before is not used
+            rows_NG2CK = cut_together((q.to(start.dtype) * scale, earlier_a), chunk, start.dtype)
+            first_NG1K = a[:, ::chunk].to(start.dtype).transpose(0, 1).flatten(1, 2)[:, :, None]
+            columns_NG2CK = cut_together((b, k), chunk, start.dtype)
+            values, decays = cut(v, chunk, start.dtype), cut(decay, chunk, start.dtype)
+            o_NGCV, state_GKV = _superblock(rows_NG2CK, first_NG1K, columns_NG2CK, values, decays, state_GKV)
+            outputs.append(join(o_NGCV, q.shape[2], q.shape[1]).to(q.dtype))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state_GKV.view(start.shape)
 
 
 def _superblock(
-    rows_GN2CK: Tensor, columns_GN2CK: Tensor, v_GNCV: Tensor, log_decay_GNCK: Tensor, state_GKV: Tensor
+    rows_NG2CK: Tensor,
+    first_NG1K: Tensor,
+    columns_NG2CK: Tensor,
+    v_NGCV: Tensor,
+    log_decay_NGCK: Tensor,
+    state_GKV: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of one superblock and the state at its end; rows are q, which carries the scale, and a; columns b, k."""
-    q_GNCK, a_GNCK = rows_GN2CK.unbind(2)
-    earlier_a = F.pad(a_GNCK[..., 1:, :], (0, 0, 0, 1))
-    pairs = decayed_pairs(torch.stack((q_GNCK, earlier_a), dim=2), columns_GN2CK, log_decay_GNCK)
-    ab_GNCC, ak_GNCC = (_one_later(x) for x in pairs.scores_RCSC[:, :, 1].unbind(-2))
-    inverse_GNCC = unit_lower_inverse(-ab_GNCC)
-    b_GNCK, k_GNCK = pairs.to_end_SCK.unbind(2)
+    """Outputs of one superblock and the state at its end.
+
+    Rows are q, which carries the scale, and the a of the next token, whose first in each chunk is apart; columns b, k.
+    """
+    pairs = decayed_pairs(rows_NG2CK, columns_NG2CK, log_decay_NGCK)
+    ab_NGCC, ak_NGCC = (_one_later(x) for x in pairs.scores_RCSC[:, :, 1].unbind(-2))
+    inverse_NGCC = unit_lower_inverse(-ab_NGCC)
+    b_NGCK, k_NGCK = pairs.to_end_SCK.unbind(2)
     from_start_q, from_start_a = pairs.from_start_RCK.unbind(2)
-    read_GNCK = torch.cat((a_GNCK[..., :1, :], from_start_a[..., :-1, :]), dim=-2)
-    u_GNCV, before_GNKV, state_GKV = hand_over_corrected(
+    read_NGCK = torch.cat((first_NG1K, from_start_a[..., :-1, :]), dim=-2)
+    u_NGCV, before_NGKV, state_GKV = hand_over_corrected(
         pairs.whole_D1,
-        k_GNCK.mT @ v_GNCV,
-        b_GNCK,
-        inverse_GNCC @ (ak_GNCC @ v_GNCV),
-        inverse_GNCC @ read_GNCK,
+        k_NGCK.mT @ v_NGCV,
+        b_NGCK,
+        inverse_NGCC @ (ak_NGCC @ v_NGCV),
+        inverse_NGCC @ read_NGCK,
         state_GKV,
     )
-    written = torch.cat((u_GNCV, v_GNCV), dim=-2)
-    return add_product(from_start_q @ before_GNKV, pairs.scores_RCSC[:, :, 0].flatten(-2), written), state_GKV
+    written = torch.cat((u_NGCV, v_NGCV), dim=-2)
+    return add_product(from_start_q @ before_NGKV, pairs.scores_RCSC[:, :, 0].flatten(-2), written), state_GKV
 
 
 def _one_later(x_CC: Tensor) -> Tensor:

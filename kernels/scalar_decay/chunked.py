@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halobench.kernels.chunks import CHUNKS_IN_SUPERBLOCK as CHUNKS_IN_SUPERBLOCK
-from halobench.kernels.chunks import superblocks, without_autocast, zero_state
+from halobench.kernels.chunks import add_product, superblocks, without_autocast, zero_state
 from halobench.kernels.decays import lower_exp
 
 
@@ -113,5 +112,5 @@ def _superblock(
     ends_KV = (decays.between_NN @ added_KV.flatten(-2)).view(added_KV.shape)
     ends_KV = torch.addcmul(ends_KV, decays.past_N1[..., None], state_BHKV[:, :, None])
     before_KV = torch.cat((state_BHKV[:, :, None], ends_KV[:, :, :-1]), dim=2).to(dtype)
-    o = scores_CC @ v + (q * (decays.from_start_C1 * scale).to(dtype)) @ before_KV
-    return o.reshape(batch, heads, tokens, value).transpose(1, 2), ends_KV[:, :, -1]
+    o = add_product((q * (decays.from_start_C1 * scale).to(dtype)) @ before_KV, scores_CC, v)
+    return o.view(batch, heads, tokens, value).transpose(1, 2), ends_KV[:, :, -1]

@@ -46,17 +46,17 @@ def vector_decay_chunked(
     with without_autocast(q_BTHK):
         for (*qkv, decay), chunk in padded_superblocks((q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK), chunk_size):
             q, k, v = (cut(x, chunk, dtype) for x in qkv)
-            o_GNCV, state_GKV = _superblock(q * scale, k, v, cut(decay, chunk, start.dtype), state_GKV)
-            outputs.append(join(o_GNCV, heads, decay.shape[1]))
+            o_NGCV, state_GKV = _superblock(q * scale, k, v, cut(decay, chunk, start.dtype), state_GKV)
+            outputs.append(join(o_NGCV, heads, decay.shape[1]))
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state_GKV.view(start.shape)
 
 
 def _superblock(
-    q_GNCK: Tensor, k_GNCK: Tensor, v_GNCV: Tensor, log_decay_GNCK: Tensor, state_GKV: Tensor
+    q_NGCK: Tensor, k_NGCK: Tensor, v_NGCV: Tensor, log_decay_NGCK: Tensor, state_GKV: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Outputs of one superblock and the state at its end; q carries the scale."""
-    pairs = decayed_pairs(q_GNCK[:, :, None], k_GNCK[:, :, None], log_decay_GNCK)
-    added_GNKV = pairs.to_end_SCK[:, :, 0].mT @ v_GNCV
-    before_GNKV, state_GKV = hand_over(pairs.whole_D1, added_GNKV.to(state_GKV.dtype), state_GKV)
-    o_GNCV = pairs.from_start_RCK[:, :, 0] @ before_GNKV.to(q_GNCK.dtype)
-    return add_product(o_GNCV, pairs.scores_RCSC[:, :, 0, :, 0], v_GNCV), state_GKV
+    pairs = decayed_pairs(q_NGCK[:, :, None], k_NGCK[:, :, None], log_decay_NGCK)
+    added_NGKV = pairs.to_end_SCK[:, :, 0].mT @ v_NGCV
+    before_NGKV, state_GKV = hand_over(pairs.whole_D1, added_NGKV.to(state_GKV.dtype), state_GKV)
+    o_NGCV = pairs.from_start_RCK[:, :, 0] @ before_NGKV.to(q_NGCK.dtype)
+    return add_product(o_NGCV, pairs.scores_RCSC[:, :, 0, :, 0], v_NGCV), state_GKV
