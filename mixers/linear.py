@@ -94,6 +94,7 @@ class LinearMixer(Mixer):
         self.num_kv_heads = view.num_heads if options.expand_kv else view.num_kv_heads
         self.rotate = Rotation(view) if options.rope and view.rope else None
         self.scale = view.head_dim**-0.5
+        self.clip = view.clip
         times = self.num_kv_heads // view.num_kv_heads
         copy_projections(self, view, times=times, output_gate=options.output_gate, gate_init=options.gate_init)
         fresh = {*CONVOLVED, "o_norm", "z_proj"}
@@ -177,6 +178,8 @@ class LinearMixer(Mixer):
         q, k, v = heads
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.clip is not None:
+            q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         if self.rotate is not None and position_embeddings is not None:
             q, k = self.rotate(q, position_embeddings), self.rotate(k, position_embeddings)
         if self.num_kv_heads < self.num_heads:

@@ -65,6 +65,8 @@ class LayerMemory(CacheLayerMixin):
         """Appends keys and values (B, J, T, K); returns them after the past that they see, as views where possible."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
+            return self._append_for_gradients(key_states, value_states)
         first, end = self.held - self.kept(self.held), self.held + key_states.shape[2]
         self.length += key_states.shape[2]
         if self.most is not None and end > self.most:
@@ -77,6 +79,15 @@ class LayerMemory(CacheLayerMixin):
         self.values[:, :, self.held : end] = value_states
         self.held = end
         return self.keys[:, :, first:end], self.values[:, :, first:end]
+
+    def _append_for_gradients(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends by concatenation: what an earlier call computed from must not be written over before its backward."""
+        first = self.held - self.kept(self.held)
+        self.keys = torch.cat((self.keys[:, :, first : self.held], key_states), dim=2)
+        self.values = torch.cat((self.values[:, :, first : self.held], value_states), dim=2)
+        self.held = self.keys.shape[2]
+        self.length += key_states.shape[2]
+        return self.keys, self.values
 
     def _move_to_front(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Begins a full buffer anew with the last tokens of a window; returns copies, which this cannot disturb."""

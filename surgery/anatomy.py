@@ -11,10 +11,11 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from halobench.errors import UserError
@@ -39,6 +40,7 @@ from halobench.surgery.layouts import (
 )
 
 PROBE_TOKENS = 8
+PROBE_TOLERANCE = 1e-4  # of the size of what attention gives, in fp32
 DECODERS = (
     "decoders of softmax attention can be converted, such as Llama, Qwen, Gemma, Phi, GPT-NeoX (docs/families.md)"
 )
@@ -61,8 +63,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     if lacking:
         kinds = {type(layers[index]).__name__ for index in lacking}
         raise UserError(
-            f"layers {_some(lacking)} of {family} have no attention ({', '.join(sorted(kinds))}): it is a hybrid or a "
-            f"state-space model already; {DECODERS}"
+            f"layers {_some(lacking)} of {family} ({', '.join(sorted(kinds))}) hold no attention called "
+            f"{', '.join(ATTENTIONS)}: a hybrid or a state-space model already, or built in another way; {DECODERS}"
         )
     return layers, places[0][0]
 
@@ -80,8 +82,13 @@ def read_attention(model: PreTrainedModel) -> list[AttentionView]:
         UserError: the attention is of a kind that is not understood; the message names the layer and what does not fit.
     """
     modules = attention_modules(model)
+    empty = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if empty and len(empty) < len(list(model.parameters())):
+        raise UserError(
+            f"{len(empty)} weights of the model are not in memory (offloaded?), such as {empty[0]}; load all"
+        )
     views = [_read_layer(model, index, attention) for index, attention in modules.items()]
-    if views[0].q_weight.device.type != "meta":
+    if not empty:
         _check_views(model, views, modules)
     return views
 
@@ -99,6 +106,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
         raise UserError(f"{config.model_type} has no causal language model in transformers; {DECODERS}") from error
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"transformers cannot build a {config.model_type} from this config: {reason}") from error
 
 
 def leaves_caps_out(model: PreTrainedModel) -> bool:
@@ -141,7 +151,7 @@ def _read_layer(model: PreTrainedModel, index: int, attention: Any) -> Attention
         raise UserError(f"{where} has {FOREIGN[name]} ({name!r}); {DECODERS}")
     arguments = inspect.signature(attention.forward).parameters
     for name in BIASES:
-        if name in arguments:
+        if name in arguments and getattr(config, name, True):
             raise UserError(f"{where} adds {name} to its scores, which no mixer can take over; {DECODERS}")
     heads = _heads(config, attention, where)
     projections, read = _projections(attention, heads, held, where)
@@ -271,46 +281,77 @@ def _check_views(model: PreTrainedModel, views: Sequence[AttentionView], modules
             f"{model.config.model_type} caps its attention scores, and the sdpa kernel that it is set to leaves the "
             'caps out; load it with attn_implementation="eager", or with load_model'
         )
-    seen = watch_attention(model, _probe(model), modules)
+    seen = watch_attention(model, *_probe(model), modules)
     for view in views:
-        hidden, tables, expected = seen[view.layer_index]
-        plain = SoftmaxOptions(rope=view.rope, output_gate=False, sliding_window=False)
-        rebuilt = SoftmaxMixer.from_attention(view, plain).eval()
-        with torch.no_grad():
-            got = rebuilt(hidden, position_embeddings=tables, context=MixerContext.plain(PROBE_TOKENS, hidden.device))
-        error = ((got - expected).float().norm() / expected.float().norm().clamp(min=1e-30)).item()
-        allowed = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 3e-2
-        if not error <= allowed:
+        error = _difference(view, seen[view.layer_index], modules[view.layer_index])
+        if not error <= PROBE_TOLERANCE:
             raise UserError(
                 f"layer {view.layer_index} of {model.config.model_type} does not compute what its weights say: "
-                f"attention rebuilt from them differs by {error:.1e} of its size; it needs an adapter; {DECODERS}"
+                f"attention rebuilt from them differs by {error:.1e} of its size; the family needs an adapter"
             )
 
 
-def _probe(model: PreTrainedModel) -> Tensor:
+@torch.no_grad()
+def _difference(view: AttentionView, seen: Seen, attention: nn.Module) -> float:
+    """How far attention rebuilt from a view is from the layer's own, as a share of its size; in fp32 at least."""
+    hidden, tables, expected = seen.hidden, seen.position_embeddings, seen.output
+    plain = SoftmaxOptions(rope=view.rope, output_gate=False, sliding_window=False)
+    rebuilt = SoftmaxMixer.from_attention(view, plain).eval()
+    if hidden.dtype in (torch.bfloat16, torch.float16):  # whose own rounding would hide a factor nobody declared
+        args, kwargs = tree_map(_exact, (seen.args, seen.kwargs))
+        hidden, tables = tree_map(_exact, (hidden, tables))
+        expected = copy.deepcopy(attention).float().eval()(*args, **kwargs)[0]
+        rebuilt = rebuilt.float()
+    got = rebuilt(hidden, position_embeddings=tables, context=MixerContext.plain(PROBE_TOKENS, hidden.device))
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def _exact(x: Any) -> Any:
+    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """A few tokens, and positions over all that the model was made for: some families act on far ones alone."""
     table: Any = model.get_input_embeddings().weight
     ids = torch.randint(0, table.shape[0], (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    return ids.to(table.device)
+    config = model.config.get_text_config(decoder=True)
+    last = max(getattr(config, "max_position_embeddings", None) or 4096, PROBE_TOKENS) - 1
+    positions = torch.linspace(0, last, PROBE_TOKENS).long()[None]
+    return ids.to(table.device), positions.to(table.device)
+
+
+class Seen(NamedTuple):
+    """What a layer's attention was given and what it gave."""
+
+    hidden: Tensor
+    position_embeddings: Any
+    output: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @torch.no_grad()
 def watch_attention(
-    model: Any, tokens_BT: Tensor, modules: dict[int, nn.Module]
-) -> dict[int, tuple[Tensor, Any, Tensor]]:
-    """One pass of the model: per layer what its attention was given (hidden states, rotary tables) and what it gave."""
-    seen: dict[int, tuple[Tensor, Any, Tensor]] = {}
+    model: Any, tokens_BT: Tensor, positions_BT: Tensor | None, modules: dict[int, nn.Module]
+) -> dict[int, Seen]:
+    """One pass of the model, and what the attention of each layer was given and gave in it."""
+    seen: dict[int, Seen] = {}
 
     def hook(layer: int) -> Any:
         def keep(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            seen[layer] = (hidden, kwargs.get("position_embeddings"), output[0])
+            seen[layer] = Seen(hidden, kwargs.get("position_embeddings"), output[0], args, kwargs)
 
         return keep
 
     handles = [module.register_forward_hook(hook(layer), with_kwargs=True) for layer, module in modules.items()]
+    # Without a mask, transformers takes positions with gaps for several texts in one row.
+    given = {} if positions_BT is None else {
+        "position_ids": positions_BT, "attention_mask": torch.ones_like(tokens_BT)
+    }  # fmt: skip
     try:
         with _evaluating(model):
-            model.get_decoder()(input_ids=tokens_BT, use_cache=False)
+            model.get_decoder()(input_ids=tokens_BT, use_cache=False, **given)
     finally:
         for handle in handles:
             handle.remove()

@@ -38,14 +38,21 @@ def save_model(directory: Path, model: PreTrainedModel, tokenizer: Any | None = 
     A model that is there already is replaced, once the new one is complete. A folder with anything else is refused.
     """
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"{directory} is a file; name a folder for the model")
-    if directory.is_dir() and any(directory.iterdir()) and not (directory / "config.json").is_file():
-        raise UserError(f"{directory} holds files but no model; choose a new folder, for saving replaces it as a whole")
+    _check_replaceable(directory, "config.json")
     with atomic_path(directory) as temporary:
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+
+
+def _check_replaceable(directory: Path, marker: str) -> None:
+    """Refuses a place that holds something else than what is to be replaced, known by the file `marker`."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"{directory} is a file; name a folder")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / marker).is_file():
+        raise UserError(
+            f"{directory} holds files but no {marker}; choose a new folder, for saving replaces it as a whole"
+        )
 
 
 def load_model(
@@ -198,6 +205,7 @@ def save_mixers(directory: Path, mixers: Mapping[int, Mixer]) -> None:
     """Writes mixers apart from any model: mixers.safetensors, and mixers.json with each one's name and options."""
     if not mixers:
         raise UserError("there are no mixers to save")
+    _check_replaceable(Path(directory), "mixers.json")
     tensors = {
         f"layers.{index}.{name}": tensor.detach().contiguous().cpu()
         for index, mixer in mixers.items()

@@ -65,10 +65,17 @@ class HybridConfig(PretrainedConfig):
     @classmethod
     def of(cls, source: PretrainedConfig, plan: SurgeryPlan) -> HybridConfig:
         """The config of a hybrid of `source`, with its choice of attention kernel."""
-        data = {key: value for key, value in source.to_dict().items() if key not in ("dtype", "torch_dtype")}
-        config = cls(source=data, plan=plan.to_dict(), architectures=["HybridForCausalLM"])
+        config = cls(source=_plain(source), plan=plan.to_dict(), architectures=["HybridForCausalLM"])
         config._attn_implementation = source._attn_implementation
         return config
+
+    def take_source(self, source: PretrainedConfig) -> None:
+        """Takes over what the source's config says now."""
+        self.source = _plain(source)
+        text = source.get_text_config(decoder=True)
+        for name in DELEGATED:
+            if hasattr(text, name):
+                setattr(self, name, getattr(text, name))
 
     def source_config(self) -> PretrainedConfig:
         """The source's config as its own class."""
@@ -79,6 +86,11 @@ class HybridConfig(PretrainedConfig):
     def surgery_plan(self) -> SurgeryPlan:
         """The plan as an object."""
         return SurgeryPlan.from_dict(self.plan)
+
+
+def _plain(source: PretrainedConfig) -> dict[str, Any]:
+    """A config as data; the dtype is the student's own affair."""
+    return {key: value for key, value in source.to_dict().items() if key not in ("dtype", "torch_dtype")}
 
 
 class MixerAdapter(nn.Module):
@@ -102,7 +114,10 @@ class MixerAdapter(nn.Module):
         if mixer_context is None:
             mixer_context = carried(position_ids)
         if mixer_context is None:
-            raise UserError("call the HybridForCausalLM, not the decoder inside it: its mixers need to see the batch")
+            raise UserError(
+                "a mixer was not told of its batch: call the HybridForCausalLM and not the decoder inside it; if that "
+                "was called, this family hands nothing on to its attention and cannot be operated on"
+            )
         # The cache comes from the layer's own argument: gradient checkpointing takes it away there.
         context = replace(mixer_context, cache=past_key_values if layer_past is None else layer_past)
         return self.mixer(hidden_states, position_embeddings=position_embeddings, context=context), None
@@ -172,6 +187,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: a cache from `new_cache()`, continued and updated.
             use_cache: make a cache and return it; by default only when one is given, for it costs memory.
         """
+        if kwargs.get("pixel_values") is not None and self.mixer_modules():
+            raise UserError("pixel_values were given; a hybrid reads text alone, for its mixers know no images")
         batch = self._read(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
         return self.backbone(labels=labels, logits_to_keep=logits_to_keep, **batch, **kwargs)
 
@@ -273,6 +290,17 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model of transformers; the source's config goes along."""
+        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
+        self.config.take_source(self.backbone.config)
+        return embeddings
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As any model of transformers, with the source's config as it is now."""
+        self.config.take_source(self.backbone.config)
+        return super().save_pretrained(*args, **kwargs)
 
 
 def backends_of(model: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 from halobench.config import from_dict, to_dict
@@ -53,7 +54,7 @@ class SurgeryPlan:
         """
         config = getattr(model_or_config, "config", model_or_config)
         layers = config.get_text_config(decoder=True).num_hidden_layers
-        if keep == "all":
+        if isinstance(keep, str) and keep == "all":
             return cls(layers=(LayerPlan(mixer=KEEP),) * layers)
         if softmax_options and not hype:
             raise UserError("softmax_options need hype=True; with hype=False the layers kept are left untouched")
@@ -106,18 +107,19 @@ class SurgeryPlan:
 def kept_layers(keep: int | float | list[int], layers: int) -> list[int]:
     """The layer indices that `keep` means in a model of `layers` layers, ascending."""
     if isinstance(keep, list | tuple):
-        for index in keep:
+        named = [int(index) if isinstance(index, Integral) and not isinstance(index, bool) else index for index in keep]
+        for index in named:
             if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < layers:
                 raise UserError(f"keep names layer {index!r}; the model's layers are 0 to {layers - 1}")
-        repeated = sorted({index for index in keep if list(keep).count(index) > 1})
+        repeated = sorted({index for index in named if named.count(index) > 1})
         if repeated:
             raise UserError(f"keep names layers {repeated} more than once; name each layer once")
-        return sorted(keep)
+        return sorted(named)
     if isinstance(keep, bool) or not isinstance(keep, int | float):
         raise UserError(f"keep must be 'all', a number, a share or a list of layers, got {keep!r}")
     if isinstance(keep, float) and not 0 <= keep <= 1:
         raise UserError(f"keep={keep} is not a share between 0 and 1; write a whole number to keep that many layers")
-    count = int(keep * layers) if isinstance(keep, float) else keep
+    count = int(keep * layers + 1e-9) if isinstance(keep, float) else keep  # 0.29 of 100 is 29
     if not 0 <= count <= layers:
         raise UserError(f"keep={keep} layers of {layers}; keep between 0 and {layers}")
     return [(index + 1) * layers // count - 1 for index in range(count)]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from halobench.config import to_dict
@@ -32,12 +32,11 @@ def transplant(
     New random weights come from torch's global generator: seed it for a student that can be made again.
     """
     source = _source(teacher)
+    _check_class(source)
     layers = len(plan.layers)
     plan.validate(len(decoder_layers(source)[0]))
     given = mixers or {}
-    beyond = [index for index in given if not 0 <= index < layers]
-    if beyond:
-        raise UserError(f"mixers are given for layers {beyond}; the model's layers are 0 to {layers - 1}")
+    _check_fit(given, source, layers)
     usable = {index: mixer for index, mixer in given.items() if mixer.name == plan.layers[index].mixer}
     for index, mixer in usable.items():
         if to_dict(mixer.options) != plan.layers[index].options:
@@ -97,9 +96,7 @@ def swapped(model: HybridForCausalLM, mixers: Mapping[int, Mixer | None]) -> Ite
         mixers: by layer; None leaves the layer as it is. They should be on the model's device and of its dtype.
     """
     layers, name = decoder_layers(model.backbone)
-    beyond = [index for index in mixers if not 0 <= index < len(layers)]
-    if beyond:
-        raise UserError(f"mixers are given for layers {beyond}; the model's layers are 0 to {len(layers) - 1}")
+    _check_fit({index: mixer for index, mixer in mixers.items() if mixer is not None}, model.backbone, len(layers))
     originals = {index: getattr(layers[index], name) for index, mixer in mixers.items() if mixer is not None}
     modes = {index: mixer.training for index, mixer in mixers.items() if mixer is not None}
     try:
@@ -111,6 +108,32 @@ def swapped(model: HybridForCausalLM, mixers: Mapping[int, Mixer | None]) -> Ite
         for index, original in originals.items():
             getattr(layers[index], name).train(modes[index])
             setattr(layers[index], name, original)
+
+
+def _check_fit(mixers: Mapping[int, Mixer], source: PreTrainedModel, layers: int) -> None:
+    """Mixers must be for layers there are, each for its own: a mixer writes the cache of the layer it was made for."""
+    beyond = [index for index in mixers if not 0 <= index < layers]
+    if beyond:
+        raise UserError(f"mixers are given for layers {beyond}; the model's layers are 0 to {layers - 1}")
+    width = source.config.get_text_config(decoder=True).hidden_size
+    for index, mixer in mixers.items():
+        if mixer.layer_index != index:
+            raise UserError(f"the mixer given for layer {index} was made for layer {mixer.layer_index}; make it anew")
+        size = getattr(mixer, "hidden_size", width)
+        if size != width:
+            raise UserError(f"the mixer given for layer {index} takes {size} features, the model has {width}")
+
+
+def _check_class(source: PreTrainedModel) -> None:
+    """A student is built again from its source's config, by AutoModelForCausalLM: refuses what that would not build."""
+    built: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(source.config), ())
+    classes = built if isinstance(built, tuple) else (built,)
+    if type(source) not in classes:
+        names = ", ".join(known.__name__ for known in classes) or "nothing"
+        raise UserError(
+            f"the teacher is a {type(source).__name__}, but AutoModelForCausalLM builds {names} from its config: a "
+            "saved student could not be loaded; load the teacher with AutoModelForCausalLM"
+        )
 
 
 def _source(teacher: PreTrainedModel) -> PreTrainedModel:

@@ -90,7 +90,7 @@ def test_saving_replaces_a_model_but_no_other_folder(student, saved, tmp_path) -
     other = tmp_path / "notes"
     other.mkdir()
     (other / "diary.txt").write_text("dear")
-    with pytest.raises(UserError, match="holds files but no model"):
+    with pytest.raises(UserError, match="holds files but no config"):
         save_model(other, student)
     assert (other / "diary.txt").exists()
 
@@ -203,3 +203,11 @@ def test_mixers_for_another_teacher_or_damaged_ones_are_refused(teacher, pico, t
     cut_short_file.write_bytes(cut_short_file.read_bytes()[:100])
     with pytest.raises(UserError, match="missing or damaged"):
         load_mixers(tmp_path / "aligned", teacher)
+
+
+def test_mixers_are_not_saved_over_other_files(teacher, tmp_path) -> None:
+    mixers = build_mixers(teacher, "lightning")
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files but no mixers\.json"):
+        save_mixers(tmp_path, mixers)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

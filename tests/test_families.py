@@ -209,6 +209,39 @@ def test_a_model_with_an_unknown_twist_is_refused_by_running_it(tokens) -> None:
         build_mixers(teacher, "lightning")
 
 
+def test_a_twist_that_shows_at_far_positions_alone_is_refused() -> None:
+    """Ministral 3 scales queries by position beyond its original length, where a probe of near tokens sees nothing."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 128}  # fmt: skip
+    config = AutoConfig.for_model("ministral3", hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                  num_key_value_heads=2, head_dim=12, intermediate_size=64, vocab_size=101,
+                                  max_position_embeddings=512, rope_parameters=rope)  # fmt: skip
+    with pytest.raises(UserError, match="does not compute what its weights say"):
+        read_attention(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_slight_twist_of_a_half_precision_teacher_is_refused_too(dtype) -> None:
+    teacher = make_family("llama").to(dtype)
+    assert read_attention(teacher)[0].q_weight.dtype == dtype
+    for layer in teacher.model.layers:
+        layer.self_attn.scaling *= 1.01
+        del layer.self_attn.head_dim
+        layer.self_attn.head_dim = 12
+    views = read_attention(teacher)
+    assert views[0].scaling == pytest.approx(1.01 * 12**-0.5)
+    original = type(teacher.model.layers[0].self_attn).forward
+
+    class Twisted(type(teacher.model.layers[0].self_attn)):
+        def forward(self, *args, **kwargs):
+            output, weights = original(self, *args, **kwargs)
+            return output * 1.01, weights
+
+    teacher.model.layers[1].self_attn.__class__ = Twisted
+    with pytest.raises(UserError, match="layer 1 of llama does not compute what its weights say"):
+        read_attention(teacher)
+
+
 @torch.no_grad()
 def test_soft_caps_are_kept_whichever_kernel_transformers_would_choose(tokens, tmp_path) -> None:
     teacher = make_family("gemma2")

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 from halobench.errors import UserError
 from halobench.surgery import HybridForCausalLM, SurgeryPlan, transplant
 from halobench.surgery.anatomy import decoder_layers
+from halobench.surgery.checkpoint import load_model, save_model
 from halobench.surgery.transplant import build_mixers, swapped
 
 PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity" / "hypenet-tiny-a"
@@ -216,6 +217,47 @@ def test_bfloat16_stays_near_float32(teacher, tokens) -> None:
     assert student.generate(tokens, max_new_tokens=4, do_sample=False).shape == (3, 44)
 
 
+def test_mixers_of_another_layer_and_models_that_could_not_be_loaded_again_are_refused(teacher) -> None:
+    mixers = build_mixers(teacher, "lightning")
+    plan = SurgeryPlan.for_model(teacher, keep=0)
+    with pytest.raises(UserError, match="given for layer 0 was made for layer 3"):
+        transplant(teacher, plan, {0: mixers[3]})
+    student = transplant(teacher, SurgeryPlan.for_model(teacher))
+    with pytest.raises(UserError, match="was made for layer 1"), swapped(student, {0: mixers[1]}):
+        pass
+    classifier = AutoModelForSequenceClassification.from_config(teacher.config)
+    with pytest.raises(UserError, match="AutoModelForCausalLM builds Qwen3ForCausalLM"):
+        transplant(classifier, plan)
+
+
+def test_gradients_flow_through_a_cache(teacher, tokens) -> None:
+    gradients = []
+    for cached in (True, False):
+        student = student_of(teacher).train()
+        cache = student.new_cache() if cached else None
+        if cached:
+            logits = torch.cat(
+                [student(tokens[:, a:b], past_key_values=cache).logits for a, b in ((0, 17), (17, 40))], 1
+            )
+        else:
+            logits = student(tokens).logits
+        logits.square().mean().backward()
+        gradients.append({name: p.grad for name, p in student.named_parameters()})
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_resized_embeddings_and_edits_of_the_source_are_saved(teacher, tokens, tmp_path) -> None:
+    student = student_of(teacher)
+    student.resize_token_embeddings(120)
+    student.backbone.config.max_position_embeddings = 999
+    assert student(tokens, labels=tokens).loss.isfinite() and student.config.vocab_size == 120
+    save_model(tmp_path / "student", student)
+    loaded = load_model(tmp_path / "student")
+    assert torch.equal(loaded(tokens).logits, student(tokens).logits)
+    assert loaded.backbone.config.max_position_embeddings == 999 and loaded.config.vocab_size == 120
+
+
 def test_several_texts_packed_into_a_row_are_refused(teacher, tokens) -> None:
     student = student_of(teacher)
     packed = torch.cat((torch.arange(25), torch.arange(15)))[None].expand(3, -1)
@@ -233,7 +275,7 @@ def test_a_foreign_cache_and_a_mask_of_the_wrong_length_are_refused(teacher, tok
         student(tokens, attention_mask=torch.ones(3, 39))
     with pytest.raises(UserError, match="cannot hold recurrent states"):
         student.generate(tokens, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(UserError, match="call the HybridForCausalLM"):
+    with pytest.raises(UserError, match="call the HybridForCausalLM and not the decoder"):
         student.backbone(tokens)
 
 

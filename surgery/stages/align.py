@@ -43,11 +43,11 @@ class Alignment:
         """Sum over tokens of the mean over layers of the squared error per channel, and the number of tokens."""
         inputs = tokens_BT[:, :-1]
         modules = attention_modules(self.teacher)
-        seen = watch_attention(self.teacher, inputs, {layer: modules[layer] for layer in self.mixers})
+        seen = watch_attention(self.teacher, inputs, None, {layer: modules[layer] for layer in self.mixers})
         total = torch.zeros((), device=inputs.device)
         context = MixerContext.plain(inputs.shape[1], inputs.device)
-        for layer, (hidden, positions, target) in seen.items():
-            output = self.mixers[layer](hidden, position_embeddings=positions, context=context)
+        for layer, (hidden, tables, target, *_) in seen.items():
+            output = self.mixers[layer](hidden, position_embeddings=tables, context=context)
             error = (output.float() - target.float()).square().mean()
             scale = target.float().square().mean().clamp_min(1e-12)
             self.layer_errors[layer] = float(error.detach() / scale)
