@@ -140,7 +140,7 @@ def alignment() -> dict[str, Any]:
     from halobench.cli import app
     from halobench.mixers import MIXERS
 
-    tokens, rows = 100_000, []
+    tokens, rows = 60_000, []
     with tempfile.TemporaryDirectory() as place, torch.enable_grad():
         for name in [name for name in MIXERS.built_in() if name not in ("softmax", "sliding_window")]:
             out = Path(place) / name

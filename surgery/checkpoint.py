@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -29,6 +30,10 @@ from halobench.surgery.anatomy import honour_caps, read_attention
 from halobench.surgery.hybrid import HybridConfig  # registers the hybrid with the Auto classes
 
 MIXERS_FORMAT = 1
+# What transformers raises for a configuration that is damaged or says what cannot be.
+BAD_CONFIG = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, StrictDataclassError,
+)  # fmt: skip
 TOLD = 4  # names listed in a message before "and N more"
 
 
@@ -84,7 +89,7 @@ def load_model(
         )
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*BAD_CONFIG, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "cannot be loaded" if folder.exists() else "is neither a folder here nor a model the hub will give"
         raise UserError(f"{path} {what}: {reason}") from error
@@ -110,8 +115,9 @@ def load_config(path: str | Path) -> PretrainedConfig:
         _check_json(Path(path))
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} holds no configuration of a model: {str(error).strip().splitlines()[0]}") from error
+    except BAD_CONFIG as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} holds no configuration of a model: {reason}") from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -276,6 +276,13 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             model_kwargs["past_key_values"] = self.new_cache(room=max_cache_length)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source does it: some families (Phi-3 with LongRoPE) begin a cache anew past a length."""
+        source: Any = self.backbone
+        if type(source).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+            return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        return source.prepare_inputs_for_generation(*args, **kwargs)
+
     def get_decoder(self) -> nn.Module:
         return self.backbone.get_decoder()
 
@@ -293,7 +300,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As any model of transformers; the source's config goes along."""
-        embeddings = self.backbone.resize_token_embeddings(*args, **kwargs)
+        embeddings: Any = self.backbone.resize_token_embeddings(*args, **kwargs)
         self.config.take_source(self.backbone.config)
         return embeddings
 

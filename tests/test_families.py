@@ -242,6 +242,19 @@ def test_a_slight_twist_of_a_half_precision_teacher_is_refused_too(dtype) -> Non
         read_attention(teacher)
 
 
+def test_a_family_that_begins_its_cache_anew_past_a_length_is_followed(tokens) -> None:
+    """Phi-3 with LongRoPE changes its frequencies there: keys that were cached under the others are of no use."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3, "long_factor": [2.0, 5.0, 9.0],
+            "original_max_position_embeddings": 16, "partial_rotary_factor": 0.5}  # fmt: skip
+    teacher = make_family("phi3", rope_parameters=rope, original_max_position_embeddings=16, max_position_embeddings=64)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 2}
+    same = transplant(teacher, SurgeryPlan.for_model(teacher))
+    assert torch.equal(same.generate(tokens[:, :12], **options), teacher.generate(tokens[:, :12], **options))
+    mixed = transplant(teacher, SurgeryPlan.for_model(teacher, keep=1))
+    uncached = mixed.generate(tokens[:, :12], use_cache=False, **options)
+    assert torch.equal(mixed.generate(tokens[:, :12], **options), uncached)
+
+
 @torch.no_grad()
 def test_soft_caps_are_kept_whichever_kernel_transformers_would_choose(tokens, tmp_path) -> None:
     teacher = make_family("gemma2")
