@@ -16,6 +16,7 @@ from halobench.reports.readme import section_is_stale, update_section
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "demo"
 DOCS = ROOT / "docs"
+MEASURED = ROOT / "benchmarks" / "surgery"
 FAMILIES_RECORD = ROOT / "benchmarks" / "families.json"
 TEACHER_RECORDS = ROOT / "benchmarks" / "teacher"
 ROOMS = ("halobench", "surgery", "mixers", "kernels", "tasks", "reports")
@@ -94,6 +95,31 @@ def mixers() -> str:
     return render(["name", "paper", "file", "forms"], rows, text_columns=4)
 
 
+def measured() -> str:
+    """What benchmarks/surgery.py found: alignment by mixer, chunks against definitions, Lightning against softmax."""
+    from halobench.reports.table import Markup, number, render, significant
+    from halobench.units import format_length
+
+    aligned, forms, lightning = (read_json(MEASURED / f"{part}.json") for part in ("alignment", "mixers", "lightning"))
+    ratios = {(row["mixer"], row["head_dim"]): row["naive over torch"] for row in forms["rows"]}
+    rows: list[list[str]] = []
+    for row in aligned["rows"]:
+        errors = row["relative_error"]
+        times = [significant(ratios[row["mixer"], size], 2) for size in (32, 64)]
+        rows.append([Markup(f"`{row['mixer']}`"), number(sum(errors) / len(errors)), number(max(errors)), *times])
+    header = ["mixer", "error left", "in the worst layer", "chunks over definition, 4 x 32", "8 x 64"]
+    speeds = [[format_length(row["length"]), significant(row["sdpa over lightning"], 2)] for row in lightning["rows"]]
+    tokens = aligned["rows"][0]["tokens"]
+    return (
+        f"{render(header, rows)}\nError left: of the teacher's attention output after {tokens:,} tokens of alignment on the "
+        "embedded teacher, as a share of its power, mean over its layers; one seed and one recipe, that of Lightning "
+        "Attention, so small differences between mixers mean nothing. Chunks over definition: how many times faster the "
+        "chunked form is than the loop over 4,096 tokens, by heads x size, forward, on two cores of a busy machine.\n\n"
+        f"{render(['tokens', 'softmax over Lightning'], speeds)}\nTime of torch's softmax attention over Lightning "
+        "Attention's on the same machine, 8 heads x 64, forward."
+    )
+
+
 def transfer() -> str:
     """The docstring of every mixer's module: formulas, what is copied, what is new, how it starts."""
     from halobench.mixers import MIXERS
@@ -126,6 +152,7 @@ def sections() -> list[tuple[Path, str, str]]:
         (card, "metrics", teacher_metrics()),
         (DOCS / "families.md", "families", families()),
         (DOCS / "mixers.md", "mixers", mixers()),
+        (DOCS / "mixers.md", "measured", measured()),
         (DOCS / "mixers.md", "transfer", transfer()),
         (DOCS / "extending.md", "laws", laws()),
     ]
