@@ -111,10 +111,10 @@ def measured() -> str:
     speeds = [[format_length(row["length"]), significant(row["sdpa over lightning"], 2)] for row in lightning["rows"]]
     tokens = aligned["rows"][0]["tokens"]
     return f"""{render(header, rows)}
-Error left: of the teacher's attention output after {tokens:,} tokens of alignment on the embedded teacher, as a share of
-its power, mean over its layers; one seed and one recipe, that of Lightning Attention, so small differences between mixers
-mean nothing. Chunks over definition: how many times faster the chunked form is than the loop over 4,096 tokens, by
-heads x size, forward, on two cores of a busy machine.
+Error left: of the teacher's attention output after {tokens:,} tokens of alignment on the embedded teacher, as a share
+of its power, mean over its layers; one seed and one recipe, that of Lightning Attention, so small differences between
+mixers mean nothing. Chunks over definition: how many times faster the chunked form is than the loop over 4,096 tokens,
+by heads x size, forward, on two cores of a busy machine.
 
 {render(["tokens", "softmax over Lightning"], speeds)}
 Time of torch's softmax attention over Lightning Attention's on the same machine, 8 heads x 64, forward."""
