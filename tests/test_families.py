@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from halobench.errors import UserError
@@ -250,6 +252,8 @@ def test_a_family_that_begins_its_cache_anew_past_a_length_is_followed(tokens) -
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "pad_token_id": 2}
     same = transplant(teacher, SurgeryPlan.for_model(teacher))
     assert torch.equal(same.generate(tokens[:, :12], **options), teacher.generate(tokens[:, :12], **options))
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("transformers 5.17 gives the model the last token alone when it begins the cache anew")
     mixed = transplant(teacher, SurgeryPlan.for_model(teacher, keep=1))
     uncached = mixed.generate(tokens[:, :12], use_cache=False, **options)
     assert torch.equal(mixed.generate(tokens[:, :12], **options), uncached)
