@@ -27,3 +27,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     near = get_close_matches(name, choices, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "see the names that are allowed"
     return UserError(f"unknown {kind} {name!r}; {hint} (allowed: {', '.join(choices) or 'none'})")
+
+
+def some(names: Iterable[object], most: int = 4) -> str:
+    """The first few of many, for a message: "a, b, c, d and 3 more"."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -16,31 +16,20 @@ that every head starts at its ALiBi slope and A at 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halobench.kernels.backend import choose
 from halobench.kernels.delta_rule.recurrence import delta_rule
 from halobench.mixers.linear import (
     LinearMixer,
-    LinearOptions,
     Recurred,
-    at_least_fp32,
     head_slopes,
     inverse_softplus,
     masked_decay,
 )
-from halobench.mixers.parts import LowRank, new_linear, unit
+from halobench.mixers.parts import LowRank, at_least_fp32, new_linear, unit
 from halobench.mixers.view import AttentionView
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaOptions(LinearOptions):
-    """Options of the delta-rule mixers."""
 
 
 class DeltaNetMixer(LinearMixer):
@@ -50,7 +39,6 @@ class DeltaNetMixer(LinearMixer):
     label = "DeltaNet"
     paper = "https://arxiv.org/abs/2406.06484"
     products = 3  # read what is there, write, read out
-    Options: ClassVar[type] = DeltaOptions
 
     def build_gates(self, view: AttentionView) -> None:
         self.b_proj = new_linear(view, view.hidden_size, view.num_heads)
@@ -74,12 +62,9 @@ class DeltaNetMixer(LinearMixer):
         log_decay = self.log_decay(gates_BTD)
         if log_decay is not None:
             log_decay = masked_decay(log_decay, real_BT)
-        self.used_backend = choose("delta_rule", self.backend, q_BTHK)
-        o_BTHV, state = delta_rule(
-            unit(q_BTHK), unit(k_BTHK), v_BTHV, beta_BTH, log_decay,
-            scale=1.0, initial_state_BHKV=state_BHKV, backend=self.used_backend,
-        )  # fmt: skip
-        return Recurred(o_BTHV, state)
+        return self.run(
+            delta_rule, unit(q_BTHK), unit(k_BTHK), v_BTHV, beta_BTH, log_decay, scale=1.0, state=state_BHKV
+        )
 
 
 class GatedDeltaNetMixer(DeltaNetMixer):

@@ -11,31 +11,20 @@ head start at its ALiBi slope.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from halobench.kernels.backend import choose
 from halobench.kernels.vector_decay.recurrence import vector_decay
 from halobench.mixers.linear import (
     LinearMixer,
-    LinearOptions,
     Recurred,
-    at_least_fp32,
     gate_bias,
     head_slopes,
     masked_decay,
 )
-from halobench.mixers.parts import LowRank
+from halobench.mixers.parts import LowRank, at_least_fp32
 from halobench.mixers.simple_gla import NORMALISER
 from halobench.mixers.view import AttentionView
-
-
-@dataclass(frozen=True, kw_only=True)
-class GLAOptions(LinearOptions):
-    """Options of GLA."""
 
 
 class GLAMixer(LinearMixer):
@@ -44,7 +33,6 @@ class GLAMixer(LinearMixer):
     name = "gla"
     label = "GLA"
     paper = "https://arxiv.org/abs/2312.06635"
-    Options: ClassVar[type] = GLAOptions
 
     def build_gates(self, view: AttentionView) -> None:
         bias_H = gate_bias(head_slopes(view), NORMALISER)
@@ -61,9 +49,4 @@ class GLAMixer(LinearMixer):
     ) -> Recurred:
         gate_BTHK = at_least_fp32(self.g_proj(gates_BTD)).view(q_BTHK.shape)
         log_decay_BTHK = masked_decay(F.logsigmoid(gate_BTHK) / NORMALISER, real_BT)
-        self.used_backend = choose("vector_decay", self.backend, q_BTHK)
-        o_BTHV, state = vector_decay(
-            q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK,
-            scale=self.scale, initial_state_BHKV=state_BHKV, backend=self.used_backend,
-        )  # fmt: skip
-        return Recurred(o_BTHV, state)
+        return self.run(vector_decay, q_BTHK, k_BTHK, v_BTHV, log_decay_BTHK, scale=self.scale, state=state_BHKV)

@@ -12,13 +12,13 @@ normalisation, and the output gate. The decays are constants and not learned.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from halobench.kernels.backend import choose
 from halobench.kernels.scalar_decay.recurrence import scalar_decay
 from halobench.kernels.scalar_decay.slopes import alibi_slopes
 from halobench.mixers.linear import LinearMixer, LinearOptions, Recurred
@@ -43,9 +43,9 @@ class ConstantDecayMixer(LinearMixer):
         super().__init__(view, options)
         self._log_decay_H: Tensor | None = None
 
+    @abstractmethod
     def log_decays(self) -> list[float]:
         """The log of each head's decay, at most 0."""
-        raise NotImplementedError
 
     def recur(
         self,
@@ -59,12 +59,7 @@ class ConstantDecayMixer(LinearMixer):
         log_decay = self._constant(q_BTHK)
         if real_BT is not None:
             log_decay = log_decay * real_BT[..., None]
-        self.used_backend = choose("scalar_decay", self.backend, q_BTHK)
-        o_BTHV, state = scalar_decay(
-            q_BTHK, k_BTHK, v_BTHV, log_decay,
-            scale=self.scale, initial_state_BHKV=state_BHKV, backend=self.used_backend,
-        )  # fmt: skip
-        return Recurred(o_BTHV, state)
+        return self.run(scalar_decay, q_BTHK, k_BTHK, v_BTHV, log_decay, scale=self.scale, state=state_BHKV)
 
     def _constant(self, like: Tensor) -> Tensor:
         """(H,), fp32. Made on first use and not a buffer: loading through the meta device empties those."""

@@ -10,6 +10,7 @@ Lightning Attention (arXiv 2601.22156), each with a small random part that sees 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Self
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from halobench.errors import UserError
-from halobench.kernels.backend import compute_dtype
+from halobench.kernels.backend import choose, compute_dtype
 from halobench.kernels.scalar_decay.slopes import alibi_slopes
 from halobench.mixers.contract import Mixer, MixerContext
 from halobench.mixers.convolution import ShortConvolution
@@ -143,6 +144,15 @@ class LinearMixer(Mixer):
             state_BHKV: the state before the first token; None is empty.
         """
 
+    def run(
+        self, form: Callable[..., tuple[Tensor, Tensor]], *given: Tensor | None, scale: float, state: Tensor | None
+    ) -> Recurred:
+        """An operator of kernels/, queries first, in the form `backend` asks for; `used_backend` says which ran."""
+        like = given[0]
+        assert like is not None
+        self.used_backend = choose(form.__name__, self.backend, like)
+        return Recurred(*form(*given, scale=scale, initial_state_BHKV=state, backend=self.used_backend))
+
     def inputs(
         self, hidden_BTD: Tensor, real_BT: Tensor | None, memory: list[Tensor]
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -241,8 +251,3 @@ def masked_decay(log_decay: Tensor, real_BT: Tensor | None) -> Tensor:
 def gate_bias(slopes: Tensor, normaliser: float) -> Tensor:
     """b with log(sigmoid(b)) / normaliser = -slope."""
     return -inverse_softplus(normaliser * slopes)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x for gates and decays: bf16 would round decays near 1 to 1."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -13,31 +13,20 @@ no such path.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from halobench.kernels.backend import choose
 from halobench.kernels.scalar_decay.recurrence import scalar_decay
 from halobench.mixers.linear import (
     LinearMixer,
-    LinearOptions,
     Recurred,
-    at_least_fp32,
     head_slopes,
     inverse_softplus,
     masked_decay,
 )
-from halobench.mixers.parts import new_linear
+from halobench.mixers.parts import at_least_fp32, new_linear
 from halobench.mixers.view import AttentionView
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mamba2Options(LinearOptions):
-    """Options of Mamba2."""
 
 
 class Mamba2Mixer(LinearMixer):
@@ -46,7 +35,6 @@ class Mamba2Mixer(LinearMixer):
     name = "mamba2"
     label = "Mamba2"
     paper = "https://arxiv.org/abs/2405.21060"
-    Options: ClassVar[type] = Mamba2Options
 
     def build_gates(self, view: AttentionView) -> None:
         zeros = torch.zeros(view.num_heads, dtype=view.q_weight.dtype, device=view.q_weight.device)
@@ -65,9 +53,13 @@ class Mamba2Mixer(LinearMixer):
     ) -> Recurred:
         step_BTH = F.softplus(at_least_fp32(self.dt_proj(gates_BTD)))
         log_decay_BTH = -step_BTH * at_least_fp32(self.A_log).exp()
-        self.used_backend = choose("scalar_decay", self.backend, q_BTHK)
-        o_BTHV, state = scalar_decay(
-            q_BTHK, k_BTHK * step_BTH[..., None].to(k_BTHK.dtype), v_BTHV, masked_decay(log_decay_BTH, real_BT),
-            scale=self.scale, initial_state_BHKV=state_BHKV, backend=self.used_backend,
-        )  # fmt: skip
-        return Recurred(o_BTHV + self.D[:, None] * v_BTHV, state)
+        recurred = self.run(
+            scalar_decay,
+            q_BTHK,
+            k_BTHK * step_BTH[..., None].to(k_BTHK.dtype),
+            v_BTHV,
+            masked_decay(log_decay_BTH, real_BT),
+            scale=self.scale,
+            state=state_BHKV,
+        )
+        return recurred._replace(o_BTHV=recurred.o_BTHV + self.D[:, None] * v_BTHV)

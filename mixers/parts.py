@@ -52,7 +52,7 @@ class HeadNorm(nn.Module):
 
 def _normalise(x: Tensor, eps: float, centred: bool) -> Tensor:
     """x over its root mean square (around its mean if `centred`) along the last dimension, in at least fp32."""
-    exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    exact = at_least_fp32(x)
     if centred:
         exact = exact - exact.mean(-1, keepdim=True)
     return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -196,5 +196,10 @@ def heads_of(projection: nn.Linear, hidden_BTD: Tensor, head_dim: int) -> Tensor
 
 def unit(x: Tensor) -> Tensor:
     """x over its length along the last dimension, in at least fp32; zero stays zero."""
-    exact = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    exact = at_least_fp32(x)
     return (exact * torch.rsqrt(exact.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x for means, gates and decays: bf16 would round decays near 1 to 1."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -21,11 +21,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from halobench.kernels.backend import choose
 from halobench.kernels.dplr.recurrence import dplr
 from halobench.mixers.convolution import previous_inputs
-from halobench.mixers.linear import LinearMixer, LinearOptions, Recurred, at_least_fp32, head_slopes, masked_decay
-from halobench.mixers.parts import LowRank, unit
+from halobench.mixers.linear import LinearMixer, LinearOptions, Recurred, head_slopes, masked_decay
+from halobench.mixers.parts import LowRank, at_least_fp32, unit
 from halobench.mixers.view import AttentionView
 
 DECAY_LIMIT = math.exp(-0.5)  # the fastest decay of the formula
@@ -86,13 +85,19 @@ class RWKV7Mixer(LinearMixer):
         edit_BTHK = torch.sigmoid(at_least_fp32(self.a_proj(gates_BTD))).view(q_BTHK.shape).to(q_BTHK.dtype)
         kappa_BTHK = unit(self.xi * k_BTHK)  # zero at padded tokens, as k is
         written_BTHK = k_BTHK * (1 + self.alpha * (edit_BTHK - 1))
-        self.used_backend = choose("dplr", self.backend, q_BTHK)
-        o_BTHV, state = dplr(
-            q_BTHK, written_BTHK, v_BTHV, -kappa_BTHK, kappa_BTHK * edit_BTHK, log_decay_BTHK,
-            scale=self.scale, initial_state_BHKV=state_BHKV, backend=self.used_backend,
-        )  # fmt: skip
+        recurred = self.run(
+            dplr,
+            q_BTHK,
+            written_BTHK,
+            v_BTHV,
+            -kappa_BTHK,
+            kappa_BTHK * edit_BTHK,
+            log_decay_BTHK,
+            scale=self.scale,
+            state=state_BHKV,
+        )
         bonus_BTH1 = (q_BTHK * self.rho * written_BTHK).sum(-1, keepdim=True)
-        return Recurred(o_BTHV, state, bonus_BTH1 * v_BTHV)
+        return recurred._replace(bypass_BTHV=bonus_BTH1 * v_BTHV)
 
     def state_bytes(self, batch: int, length: int, bytes_per_element: int = 2) -> int:
         shifted = self.hidden_size * bytes_per_element if self.options.token_shift else 0

@@ -11,33 +11,23 @@ so that before any training the mixer is Lightning Attention up to the small ran
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from halobench.kernels.backend import choose
 from halobench.kernels.scalar_decay.recurrence import scalar_decay
 from halobench.mixers.lightning import ConstantDecayMixer
 from halobench.mixers.linear import (
     LinearMixer,
-    LinearOptions,
     Recurred,
-    at_least_fp32,
     gate_bias,
     head_slopes,
     masked_decay,
 )
-from halobench.mixers.parts import new_linear
+from halobench.mixers.parts import at_least_fp32, new_linear
 from halobench.mixers.view import AttentionView
 
 NORMALISER = 16.0  # divides the log of the gate, so that a gate of 1/2 forgets half in 16 tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetentionOptions(LinearOptions):
-    """Options of RetNet's retention."""
 
 
 class RetentionMixer(ConstantDecayMixer):
@@ -46,15 +36,9 @@ class RetentionMixer(ConstantDecayMixer):
     name = "retnet"
     label = "RetNet"
     paper = "https://arxiv.org/abs/2307.08621"
-    Options: ClassVar[type] = RetentionOptions
 
     def log_decays(self) -> list[float]:
         return [math.log1p(-(2.0 ** (-5 - head))) for head in range(self.num_heads)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimpleGLAOptions(LinearOptions):
-    """Options of simple GLA."""
 
 
 class SimpleGLAMixer(LinearMixer):
@@ -63,7 +47,6 @@ class SimpleGLAMixer(LinearMixer):
     name = "simple_gla"
     label = "Simple GLA"
     paper = "https://arxiv.org/abs/2312.06635"
-    Options: ClassVar[type] = SimpleGLAOptions
 
     def build_gates(self, view: AttentionView) -> None:
         self.g_proj = new_linear(view, view.hidden_size, view.num_heads, gate_bias(head_slopes(view), NORMALISER))
@@ -78,9 +61,12 @@ class SimpleGLAMixer(LinearMixer):
         state_BHKV: Tensor | None,
     ) -> Recurred:
         log_decay_BTH = F.logsigmoid(at_least_fp32(self.g_proj(gates_BTD))) / NORMALISER
-        self.used_backend = choose("scalar_decay", self.backend, q_BTHK)
-        o_BTHV, state = scalar_decay(
-            q_BTHK, k_BTHK, v_BTHV, masked_decay(log_decay_BTH, real_BT),
-            scale=self.scale, initial_state_BHKV=state_BHKV, backend=self.used_backend,
-        )  # fmt: skip
-        return Recurred(o_BTHV, state)
+        return self.run(
+            scalar_decay,
+            q_BTHK,
+            k_BTHK,
+            v_BTHV,
+            masked_decay(log_decay_BTH, real_BT),
+            scale=self.scale,
+            state=state_BHKV,
+        )

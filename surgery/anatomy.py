@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from halobench.errors import UserError
+from halobench.errors import UserError, some
 from halobench.mixers.contract import MixerContext
 from halobench.mixers.softmax import SoftmaxMixer, SoftmaxOptions
 from halobench.mixers.view import AttentionView, NormView
@@ -63,7 +63,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.ModuleList, str]:
     if lacking:
         kinds = {type(layers[index]).__name__ for index in lacking}
         raise UserError(
-            f"layers {_some(lacking)} of {family} ({', '.join(sorted(kinds))}) hold no attention called "
+            f"layers {some(lacking)} of {family} ({', '.join(sorted(kinds))}) hold no attention called "
             f"{', '.join(ATTENTIONS)}: a hybrid or a state-space model already, or built in another way; {DECODERS}"
         )
     return layers, places[0][0]
@@ -366,7 +366,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _some(indices: list[int]) -> str:
-    return ", ".join(map(str, indices[:6])) + (", .." if len(indices) > 6 else "")

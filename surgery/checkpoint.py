@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from halobench.config import to_dict
-from halobench.errors import HalobenchError, UserError
+from halobench.errors import HalobenchError, UserError, some
 from halobench.files import atomic_path, read_json, write_json
 from halobench.mixers import MIXERS
 from halobench.mixers.contract import Mixer, build_mixer
@@ -34,7 +34,6 @@ MIXERS_FORMAT = 1
 BAD_CONFIG = (
     OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, StrictDataclassError,
 )  # fmt: skip
-TOLD = 4  # names listed in a message before "and N more"
 
 
 def save_model(directory: Path, model: PreTrainedModel, tokenizer: Any | None = None) -> None:
@@ -176,13 +175,13 @@ def _named_files(folder: Path) -> list[Path]:
             raise UserError(f"{index} is damaged: it names no weight files; copy or download it again") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            raise UserError(f"{folder} lacks the weight files {_some(missing)}, which its index names")
+            raise UserError(f"{folder} lacks the weight files {some(missing)}, which its index names")
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     pickles = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
     if pickles:
-        raise UserError(f"{folder} has its weights as pickle only ({_some(pickles)}); convert them to safetensors")
+        raise UserError(f"{folder} has its weights as pickle only ({some(pickles)}); convert them to safetensors")
     raise UserError(f"{folder} has no model.safetensors; it holds no weights")
 
 
@@ -193,18 +192,13 @@ def check_report(path: str | Path, report: dict[str, Any]) -> None:
         entries = sorted(report.get(key, ()), key=str)
         if key == "mismatched_keys":
             shapes = [f"{name} is {tuple(got)}, expected {tuple(wanted)}" for name, got, wanted in entries]
-            problems += [_some(shapes)] if shapes else []
+            problems += [some(shapes)] if shapes else []
         elif entries:
-            problems.append(f"{word} {len(entries)} tensors: {_some(entries)}")
+            problems.append(f"{word} {len(entries)} tensors: {some(entries)}")
     if report.get("error_msgs"):
         problems.append(str(report["error_msgs"]).splitlines()[0])
     if problems:
         raise UserError(f"{path} does not fit its own config: {'; '.join(problems)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - TOLD} more" if len(names) > TOLD else ""
-    return ", ".join(names[:TOLD]) + more
 
 
 def save_mixers(directory: Path, mixers: Mapping[int, Mixer]) -> None:

@@ -155,7 +155,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _replace_attention(self, plan: SurgeryPlan, mixers: Mapping[int, Mixer]) -> None:
-        layers, name = decoder_layers(self.backbone)
+        self._layers = decoder_layers(self.backbone)  # a tuple, so that nothing is registered twice
+        layers, name = self._layers
         plan.validate(len(layers))
         wanted = [index for index, layer in enumerate(plan.layers) if layer.mixer != KEEP]
         missing = [index for index in wanted if index not in mixers]
@@ -237,13 +238,13 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _kinds(self) -> tuple[bool, bool]:
         """Whether any layer has the source's own attention, and whether any has a mixer."""
-        layers, name = decoder_layers(self.backbone)
+        layers, name = self._layers
         adapted = [isinstance(getattr(layer, name), MixerAdapter) for layer in layers]
         return not all(adapted), any(adapted)
 
     def mixer_modules(self) -> dict[int, Mixer]:
         """The mixers in place, by layer; layers with the source's own attention are not among them."""
-        layers, name = decoder_layers(self.backbone)
+        layers, name = self._layers
         modules = ((index, getattr(layer, name)) for index, layer in enumerate(layers))
         return {index: module.mixer for index, module in modules if isinstance(module, MixerAdapter)}
 

@@ -104,7 +104,7 @@ def _by_head(name: str) -> Callable[[Any, Heads, str], Projections]:
     return read
 
 
-# The part that tells a layout, all parts it consists of, and its reader.
+# The parts a layout consists of, which also tell it, and its reader.
 PROJECTIONS: list[tuple[tuple[str, ...], Callable[[Any, Heads, str], Projections]]] = [
     (("q_proj", "k_proj", "v_proj"), _separate),
     (("qkv_proj",), _stacked("qkv_proj")),

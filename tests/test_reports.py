@@ -21,7 +21,6 @@ from halobench.reports.layer_plot import fit, layers_title
 from halobench.reports.leaderboard import write_leaderboard
 from halobench.reports.needle_plot import spread
 from halobench.reports.plots import plot_layer_scores, plot_needles
-from halobench.reports.readme import section_is_stale, update_section
 from halobench.reports.rows import build_rows, group_by_teacher
 from halobench.reports.table import escape, number, render, signed, significant
 
@@ -484,19 +483,3 @@ def test_a_damaged_record_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "a.record.json").write_text('{"schema": 1, "kind": "eval"}', encoding="utf-8")
     with pytest.raises(UserError, match="lacks the field 'model'"):
         write_report([tmp_path], tmp_path / "out")
-
-
-def test_a_section_of_the_readme_is_replaced_and_its_staleness_noticed(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("# T\n<!-- begin: results -->\nold\n<!-- end: results -->\nrest\n", encoding="utf-8")
-    assert section_is_stale(readme, "results", "new\n")
-    assert update_section(readme, "results", "new\n")
-    assert readme.read_text(encoding="utf-8") == "# T\n<!-- begin: results -->\nnew\n<!-- end: results -->\nrest\n"
-    assert not section_is_stale(readme, "results", "new") and not update_section(readme, "results", "new")
-    with pytest.raises(UserError, match="needs exactly one"):
-        update_section(readme, "absent", "x")
-    with pytest.raises(UserError, match="own markers"):
-        update_section(readme, "results", "<!-- end: results -->")
-    readme.write_text("<!-- end: a -->\n<!-- begin: a -->\n", encoding="utf-8")
-    with pytest.raises(UserError, match="before it begins"):
-        update_section(readme, "a", "x")
