@@ -82,7 +82,10 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
 
 
 def _named(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}" if value is not None else "nothing"
+    if value is None:
+        return "nothing"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown if len(shown) <= 80 else shown[:79] + '…'}"
 
 
 def to_dict(value: Any) -> Any:

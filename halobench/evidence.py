@@ -1,190 +1,249 @@
-"""Gathers the evidence for layer selection: builds probes from the tasks and runs the sweep they are measured in."""
+"""Gathers what layers are chosen by: the sweep over layers, candidates trained by KL, the workbench of searches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from halobench.config import to_dict
+from halobench.errors import UserError
+from halobench.files import read_json, write_json
+from halobench.probes import CSR, RECALL, TASKS, TEXT, make_probe
 from halobench.progress import say
-from halobench.surgery.selection.contract import Need
-from halobench.surgery.selection.evidence import Evidence, read_evidence
+from halobench.surgery.selection.contract import Need, Prices, Question
+from halobench.surgery.selection.evidence import Changed, Evidence
 from halobench.surgery.selection.sweep import (
-    Measured,
-    Probe,
-    collect_replacements,
-    measure_replacements,
-    sweep_restorations,
+    Found,
+    State,
+    Sweep,
+    SweptPart,
+    checked,
+    cut,
+    means,
+    sweep_folder,
+    weights_hash,
 )
-from halobench.surgery.transplant import swapped
 
 if TYPE_CHECKING:
+    from halobench.mixers.contract import Mixer
     from halobench.pipeline import Conversion
+    from halobench.surgery.loop import LoopConfig
 
-HELD_BACK = 2 * 10**6  # place in the data stream from which no stage of a small recipe draws
-
-
-class RetrievalProbe:
-    """Needles or key-value lists; a sample is a haystack (the mean over its questions)."""
-
-    def __init__(self, name: str, haystacks: list[Any], device: str) -> None:
-        self.name, self.haystacks, self.device = name, haystacks, device
-
-    def measure(self, model: Any) -> Measured:
-        """See Probe."""
-        import numpy as np
-
-        from halobench.tasks.needle import score_haystacks
-
-        scores = score_haystacks(model, self.haystacks, device=self.device)
-        groups = [np.asarray(scores.haystack) == i for i in range(len(self.haystacks))]
-        samples = {
-            "answer_logprob": [float(np.asarray(scores.logprob)[g].mean()) for g in groups],
-            "accuracy": [float(np.asarray(scores.correct)[g].mean()) for g in groups],
-        }
-        return Measured(samples, scores.tokens_processed)
+# What is measured with one layer changed. Selectors read restored layers by their KL alone.
+SWEPT: dict[SweptPart, tuple[str, ...]] = {"replaced": TASKS, "restored": TEXT}
 
 
-class ContinuationProbe:
-    """The four-way choice of the true continuation; a sample is an item."""
+def question(
+    conversion: Conversion, needs: Collection[Need], keep: int, given: tuple[int, ...] | None = None
+) -> Question:
+    """The question of which `keep` layers stay, with all that selectors with these needs read; measures what lacks."""
+    from halobench.workbench import Bench
 
-    name = "continuation"
-
-    def __init__(self, tokenizer: Any, items: list[Any]) -> None:
-        self.tokenizer, self.items = tokenizer, items
-
-    def measure(self, model: Any) -> Measured:
-        """See Probe."""
-        from halobench.tasks.continuation import score_items
-        from halobench.tasks.scoring import TokenCount
-
-        with TokenCount(model) as count:
-            scores = score_items(model, self.tokenizer, self.items)
-        samples = {
-            "margin": [float(x) for x in scores.margin],
-            "acc": [float(x) for x in scores.correct],
-            "acc_norm": [float(x) for x in scores.correct_norm],
-        }
-        return Measured(samples, count.tokens)
-
-
-def probes(tokenizer: Any, *, length: int, haystacks: int, items: int, seed: int, device: str) -> list[Probe]:
-    """Recall by needles and by lists, and commonsense by continuation; on items that the evaluation does not use."""
-    from halobench.tasks.continuation import load_items
-    from halobench.tasks.needle import NeedleConfig, build_haystacks, build_lists
-    from halobench.tasks.suites import held_out_filler
-
-    filler = held_out_filler(tokenizer)
-    needles = build_haystacks(tokenizer, filler, length, haystacks, seed + 101, NeedleConfig())
-    lists = build_lists(tokenizer, filler, length, haystacks, seed + 102)
-    return [
-        RetrievalProbe("needles", needles, device),
-        RetrievalProbe("lists", lists, device),
-        ContinuationProbe(tokenizer, load_items(items, seed, "selection")),
-    ]
-
-
-def gather(conversion: Conversion, folder: Path, needs: set[Need]) -> Evidence:
-    """The evidence of an aligned run, kept in `folder`/evidence.json; what is there already is not measured again."""
-    path = folder / "evidence.json"
-    evidence = read_evidence(path) if path.exists() else None
-    if evidence is None:
-        evidence = _replacements(conversion, folder)
-        evidence.save(path)
-    if "restored" in needs and not evidence.restored:
-        evidence = _restorations(conversion, folder, evidence)
-        evidence.save(path)
-    return evidence
-
-
-def _carrier(conversion: Conversion) -> Any:
-    from halobench.surgery import SurgeryPlan, transplant
-
-    plan = SurgeryPlan.for_model(conversion.teacher, keep="all")
-    carrier: Any = transplant(conversion.teacher, plan)
-    return carrier.to(conversion.device).eval()
-
-
-def measure(conversion: Conversion, folder: Path, layers: list[int | None]) -> None:
-    """Measures some of the single replacements (None: the teacher itself) of an aligned run into `folder`."""
-    config = conversion.recipe.selection
-    tasks = probes(
-        conversion.tokenizer,
-        length=config.length,
-        haystacks=config.haystacks,
-        items=config.items,
+    folder = conversion.base.path / "select"
+    return Question(
+        layers=conversion.layers,
+        keep=keep,
         seed=conversion.recipe.seed,
-        device=conversion.device,
+        evidence=gather(conversion, folder, needs) if set(needs) - {"workbench"} else None,
+        given=given,
+        workbench=Bench(conversion, folder / "workbench") if "workbench" in needs else None,
     )
-    measure_replacements(_carrier(conversion), conversion.mixers(), tasks, folder / "layers", layers)
 
 
-def _replacements(conversion: Conversion, folder: Path) -> Evidence:
+def prices(conversion: Conversion) -> Prices:
+    """Tokens that evidence will cost, known before any model runs: the tasks are made, and counted."""
     config = conversion.recipe.selection
-    say(f"select: each of {conversion.layers} layers replaced alone, recall and commonsense measured")
-    measure(conversion, folder, [None, *range(conversion.layers)])
-    original, samples, replaced, tokens = collect_replacements(folder / "layers", conversion.layers)
-    return Evidence(
+    sizes = {task: sum(make_probe(conversion, task).sizes) for task in (*RECALL, *CSR)}
+    training = _training(conversion)
+    return Prices(
+        layers=conversion.layers,
+        keep=conversion.recipe.kept_count(conversion.layers),
+        recall=sum(sizes[task] for task in RECALL),
+        csr=sum(sizes[task] for task in CSR),
+        text=config.kl_sequences * config.kl_length,
+        restore=training.steps() * training.batch_tokens if config.restore_tokens else 0,
+        prompt=config.length,
+    )
+
+
+def gather(conversion: Conversion, folder: Path, needs: Collection[Need]) -> Evidence:
+    """The evidence of an aligned run; what is in `folder` already is not measured again.
+
+    Processes that train together share the work. The evidence is left in `folder`/evidence.json.
+    """
+    sweep = measure(conversion, folder, needs, conversion.team.rank, conversion.team.size)
+    conversion.team.wait()
+    config = conversion.recipe.selection
+    found: dict[str, Found] = {} if sweep is None else {part: sweep.collect(part) for part in _swept(needs)}
+    replaced, restored = found.get("replaced"), found.get("restored")
+    redistilled, trained = _collect_redistilled(conversion, folder) if "redistilled" in needs else ([], 0)
+    costs = {part: entry.tokens for part, entry in found.items()}
+    evidence = Evidence(
         teacher=conversion.teacher_name,
         mixer=conversion.recipe.mixer,
         num_layers=conversion.layers,
         csr_metric=config.csr_metric,
-        csr_tasks=["continuation"],
+        csr_tasks=list(CSR),
         recall_metric=config.recall_metric,
-        recall_tasks=["needles", "lists"],
-        original=original,
-        original_samples=samples,
-        replaced=replaced,
-        tokens=tokens,
-        source="halobench sweep: layer i alone replaced by its aligned mixer",
+        recall_tasks=list(RECALL),
+        original=replaced.base if replaced else {},
+        original_samples=replaced.base_samples if replaced else None,
+        replaced=replaced.entries if replaced else [],
+        linear=restored.base if restored else {},
+        linear_samples=restored.base_samples if restored else None,
+        restored=restored.entries if restored else [],
+        redistilled=redistilled,
+        costs={**costs, "redistilled": {TEXT[0]: trained}} if redistilled else costs,
+        layer_forwards={
+            "run": sum(entry.meter.run for entry in found.values()),
+            "one_by_one": sum(entry.meter.one_by_one for entry in found.values()),
+        },
+        source="halobench sweep: one layer changed at a time, by its aligned mixer",
     )
+    if conversion.team.leads:
+        evidence.save(folder / "evidence.json")
+    return evidence
 
 
-def _restorations(conversion: Conversion, folder: Path, evidence: Evidence) -> Evidence:
-    config = conversion.recipe.selection
+def measure(
+    conversion: Conversion, folder: Path, needs: Collection[Need], rank: int = 0, size: int = 1
+) -> Sweep | None:
+    """This process's share of the measurements behind `gather`: of `size` processes it is the `rank`-th.
+
+    Candidates are shared out too, unless the processes train together: then they share each candidate's batches.
+    Returns the sweep, if the needs have one.
+    """
+    parts, sweep = _swept(needs), None
+    home = _redistilled_folder(conversion, folder) if "redistilled" in needs else None
+    if parts:
+        if rank == 0:
+            story = "; ".join(f"{part} alone, on {', '.join(SWEPT[part])}" for part in parts)
+            say(f"select: each of {conversion.layers} layers {story}")
+        sweep = _sweep(conversion, folder, parts)
+        sweep.measure(parts, rank, size)
+    if home is not None:
+        together = conversion.team.size > 1
+        for layer in range(conversion.layers) if together else range(rank, conversion.layers, size):
+            _redistil(conversion, home, layer)
+    return sweep
+
+
+def _swept(needs: Collection[Need]) -> list[SweptPart]:
+    return [part for part in SWEPT if part in needs]
+
+
+def _sweep(conversion: Conversion, folder: Path, parts: list[SweptPart]) -> Sweep:
     mixers = conversion.mixers()
-    budget = config.restore_tokens
-    how = f"re-distilled for {budget:,} tokens" if budget else "not retrained"
-    say(f"select: the all-linear student with softmax restored in one layer, {how}, KL to the teacher measured")
-    carrier = _carrier(conversion)
-
-    @contextmanager
-    def restored(layer: int) -> Iterator[Any]:
-        if budget:
-            yield _redistilled(conversion, mixers, layer, folder / f"restore-{layer}")
-            return
-        with swapped(carrier, {i: m for i, m in mixers.items() if i != layer}):
-            yield carrier
-
-    data = conversion.data(conversion.recipe.distil)
-    rows, tokens = sweep_restorations(
-        conversion.teacher,
-        sorted(mixers),
-        restored,
-        data,
-        sequences=config.kl_sequences,
-        length=config.kl_length,
-        first=HELD_BACK,
-    )
-    return replace(evidence, restored=rows, restored_tokens=tokens + budget * len(mixers))
+    tasks = {task: make_probe(conversion, task) for task in TASKS if any(task in SWEPT[part] for part in parts)}
+    probes = {part: [tasks[task] for task in SWEPT[part]] for part in parts}
+    size = conversion.recipe.selection.unit_tokens
+    identity = {**_identity(conversion, mixers), "unit_tokens": size}
+    return Sweep(carrier(conversion), mixers, probes, sweep_folder(folder, "sweep", identity), size)
 
 
-def _redistilled(conversion: Conversion, mixers: dict[int, Any], layer: int, folder: Path) -> Any:
-    """The student with softmax in `layer` alone, trained on by KL for the budget; positions stay as in the teacher."""
+def carrier(conversion: Conversion) -> Any:
+    """A hybrid of the teacher's weights that changes nothing, for mixers to be put into."""
+    from halobench.surgery import SurgeryPlan, transplant
+
+    plan = SurgeryPlan.for_model(conversion.teacher, keep="all")
+    hybrid: Any = transplant(conversion.teacher, plan)
+    return hybrid.to(conversion.device).eval().requires_grad_(False)
+
+
+def _identity(conversion: Conversion, mixers: dict[int, Mixer]) -> dict[str, Any]:
+    """What decides every measurement."""
+    from halobench.provenance import versions
+
+    config = conversion.recipe.selection
+    asked = ("length", "haystacks", "items", "kl_sequences", "kl_length")
+    return {
+        "teacher": conversion.teacher_hash,
+        "mixers": weights_hash(mixers),
+        "settings": {name: getattr(config, name) for name in asked},
+        "data": conversion.recipe.data,
+        "seed": conversion.recipe.seed,
+        "halobench": versions()["halobench"],
+    }
+
+
+# Candidates trained by KL: kl-ls as in its paper ----------------------------------------------------------------------
+
+
+def _training(conversion: Conversion) -> LoopConfig:
+    """As distillation trains; the candidates are measured on held-out text by the task, and not again by the loop."""
+    return replace(conversion.recipe.distil, tokens=conversion.recipe.selection.restore_tokens, held_out_sequences=0)
+
+
+def _redistilled_folder(conversion: Conversion, folder: Path) -> Path:
+    training = _training(conversion)
+    if training.tokens < 1:
+        raise UserError(
+            "candidates cannot be re-distilled with selection.restore_tokens 0; set it (the paper has 200M or more), "
+            "or choose by candidates that are not trained"
+        )
+    identity = {**_identity(conversion, conversion.mixers()), "training": to_dict(training)}
+    return sweep_folder(folder, "redistilled", identity)
+
+
+def _redistil(conversion: Conversion, home: Path, layer: int) -> None:
+    """Trains the student with softmax in `layer` alone, and measures its KL to the teacher on held-out text."""
+    path, working = home / f"layer-{layer}.json", home / f"training-{layer}"
+    if path.exists():
+        return
+    student, result = _trained(conversion, layer, working)
+    student.eval()
+    probe = make_probe(conversion, TEXT[0])
+    values: list[float] = []
+    for place in cut(probe, conversion.recipe.selection.unit_tokens):
+        unit = probe.unit(place.first, place.stop)
+        values += checked(probe.name, unit, student, State("redistilled", layer))["kl"]
+    if conversion.team.leads:
+        write_json(path, {"kl": values, "train_kl": result.last_loss, "tokens": result.tokens + sum(probe.sizes)})
+        shutil.rmtree(working)  # a whole model and its optimiser's moments
+    conversion.team.wait()
+
+
+def _trained(conversion: Conversion, layer: int, folder: Path) -> tuple[Any, Any]:
+    """The student with softmax in `layer` alone after its training, and the result of that.
+
+    Positions stay as in the teacher.
+    """
     from halobench.surgery import SurgeryPlan, transplant
     from halobench.surgery.loop import Loop
     from halobench.surgery.stages.distil import Distillation
 
-    recipe = conversion.recipe
+    recipe, config = conversion.recipe, _training(conversion)
     plan = SurgeryPlan.for_model(
         conversion.teacher, mixer=recipe.mixer, keep=[layer], hype=False, mixer_options=recipe.mixer_options
     )
-    student: Any = transplant(conversion.teacher, plan, mixers)
+    student: Any = transplant(conversion.teacher, plan, conversion.mixers())
     student.to(conversion.device).float().train().requires_grad_(True)
     objective = Distillation(student, conversion.teacher, f"restore {layer}")
-    config = replace(recipe.distil, tokens=recipe.selection.restore_tokens)
-    first = conversion.align().sequences
-    Loop(folder, objective, conversion.data(config), config, first_sequence=first, device=conversion.device).run()
-    return student.eval()
+    before = conversion.align()
+    loop = Loop(
+        folder,
+        objective,
+        conversion.data(config),
+        config,
+        first_sequence=before.sequences,
+        first_position=before.position,
+        device=conversion.device,
+        team=conversion.team,
+    )
+    return student, loop.run()
+
+
+def _collect_redistilled(conversion: Conversion, folder: Path) -> tuple[list[Changed], int]:
+    """(one entry a layer, tokens trained and measured)."""
+    home = _redistilled_folder(conversion, folder)
+    found = [read_json(home / f"layer-{layer}.json") for layer in range(conversion.layers)]
+    entries = []
+    for layer, answer in enumerate(found):
+        samples = {TEXT[0]: {"kl": answer["kl"]}}
+        scores = means(samples)
+        scores[TEXT[0]]["train_kl"] = answer["train_kl"]
+        entries.append(Changed(layer=layer, scores=scores, samples=samples))
+    return entries, sum(answer["tokens"] for answer in found)

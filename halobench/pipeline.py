@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +17,16 @@ from halobench.provenance import model_hash
 from halobench.recipe import STAGES, Recipe
 from halobench.records import LedgerRow, ModelCard, RunRecord
 from halobench.run import RunFolder, StageNote
+from halobench.units import format_count
 
 if TYPE_CHECKING:
     from halobench.mixers.contract import Mixer
-    from halobench.surgery.loop import Loop, LoopConfig, Objective
+    from halobench.surgery.corpus import TextSource
+    from halobench.surgery.loop import LoopConfig, StageResult
+    from halobench.surgery.objective import Objective
     from halobench.surgery.plan import SurgeryPlan
     from halobench.surgery.planted import Mixture
-    from halobench.surgery.selection import Ranking
-    from halobench.surgery.selection.contract import Need
-    from halobench.surgery.selection.evidence import Evidence
+    from halobench.surgery.selection import Ranking, Selector
 
 
 class Conversion:
@@ -57,21 +57,28 @@ class Conversion:
 
         self.teacher_name, self.recipe, self.device, self.given = teacher, recipe, device, given
         self.credit = credit
+        self._shown: list[dict[str, Any]] = []  # the last table of what trains
         where = Path(resolve(teacher))
         self.teacher_hash = model_hash(where) if where.is_dir() else teacher
         identity = {"teacher": self.teacher_hash, "recipe": to_dict(recipe), "layers": list(given) if given else None}
         self._check()
-        self.team = Team.join()
+        self.team = Team.join(device)
         if self.team.leads:
             RunFolder(folder, identity, teacher)
         self.team.wait()
+        if not (folder / "run.json").exists():
+            raise UserError(
+                f"{folder} is not seen by every process; several machines need one folder that all can reach"
+            )
         self.run = RunFolder(folder, identity, teacher)
         self.base = self._aligned_run(aligned, identity) if aligned is not None else self.run
 
     def _check(self) -> None:
         """Raises UserError for what can be known to be wrong before anything is written."""
-        from halobench.surgery.corpus import source_files
+        from halobench.surgery.corpus import check_tokenizer
+        from halobench.surgery.documents import source_files
 
+        check_tokenizer(self.tokenizer, self.teacher.config)
         self.recipe.plan(self.teacher.config, list(self.given) if self.given else self.recipe.keep)
         source_files(self.recipe.data)
 
@@ -115,6 +122,7 @@ class Conversion:
             "finetune": self.finetune,
             "scale": self.finish,
         }
+        self._tell(f"budget: {self.recipe.tokens(self.layers)}")
         for stage in STAGES[: STAGES.index(until) + 1]:
             work[stage]()
         return self.run.path
@@ -132,24 +140,40 @@ class Conversion:
         done = self.base.note("align")
         if done is not None:
             return done
+        self._prepare()
         torch.manual_seed(self.recipe.seed)  # of the new weights
         mixers = build_mixers(self.teacher, self.recipe.mixer, self.recipe.mixer_options)
         for mixer in mixers.values():
             mixer.to(self.device).float().train()
         objective = Alignment(self.teacher, mixers, self.recipe.align.relative)
-        self._describe("align", self.recipe.align, objective)
-        result = self._loop("align", objective, self.recipe.align, 0).run()
+        result = self._train("align", objective, self.recipe.align, None)
         folder = self.run.path / "align" / "mixers"
         if self.team.leads:
             save_mixers(folder, mixers)
         self.team.wait()
         errors = {str(layer): round(error, 5) for layer, error in objective.layer_errors.items()}
-        note = self._note("align", self.teacher_hash, model_hash(folder), result, {"relative_error": errors})
         worst = max(errors, key=lambda k: errors[k])
         self._tell(
-            f"align: error {note.first_loss:.4f} -> {note.last_loss:.4f}; hardest layer {worst}, {errors[worst]:.3f}"
+            f"align: error {_arrow(result.first_loss, result.last_loss)}{_held_out(result)}; hardest layer {worst}, "
+            f"{errors[worst]:.3f}"
         )
-        return note
+        return self._note("align", self.teacher_hash, model_hash(folder), result, {"relative_error": errors})
+
+    def _prepare(self) -> None:
+        """Before anything trains: the text is enough, and a student with nothing replaced is the teacher."""
+        import torch
+
+        from halobench.surgery.corpus import check_budget
+        from halobench.surgery.gates import check_identity
+
+        if not self.team.leads:
+            self.team.wait()  # one process tokenises the text, for all
+        text = self._text
+        if self.team.leads:
+            self.team.wait()
+        check_budget(text, self.recipe.tokens(self.layers).training, self.recipe.epochs, "the recipe")
+        sequence = self.data(self.recipe.align).held_out(0, min(64, min(self.recipe.align.lengths)))
+        check_identity(self.teacher, torch.from_numpy(sequence.tokens)[None].to(self.device))
 
     def mixers(self) -> dict[int, Mixer]:
         """The aligned mixers."""
@@ -161,27 +185,25 @@ class Conversion:
 
     # Selection --------------------------------------------------------------------------------------------------------
 
-    def evidence(self, needs: set[Need]) -> Evidence:
-        """The sweep of the aligned run, made where it is missing: "sweep" and "restored" are what selectors need."""
-        from halobench.evidence import gather
+    def selectors(self, methods: Collection[str]) -> list[Selector]:
+        """The selectors of these names, with the recipe's options."""
+        from halobench.surgery.selection import make_selector
 
-        return gather(self, self.base.path / "select", needs)
+        return [make_selector(name, self.recipe.selector_options.get(name)) for name in methods]
 
-    def rank(self, methods: list[str]) -> list[Ranking]:
-        """The answers of several selectors, on one sweep."""
-        from halobench.surgery.selection import SELECTORS, Question
+    def rank(self, methods: Collection[str]) -> list[Ranking]:
+        """The answers of several selectors, on one sweep; what they read and is not there yet is measured."""
+        from halobench.evidence import prices, question
 
-        selectors = [SELECTORS.get(name)() for name in methods]
-        needs: set[Need] = {s.needs for s in selectors} - {"nothing"}
-        evidence = self.evidence(needs) if needs else None
-        question = Question(
-            layers=self.layers,
-            keep=len(self.given) if self.given else self.recipe.kept_count(self.layers),
-            seed=self.recipe.seed,
-            evidence=evidence,
-            given=self.given,
-        )
-        return [selector.rank(question) for selector in selectors]
+        selectors = self.selectors(methods)
+        needs = {need for selector in selectors for need in selector.needs}
+        cost = prices(self) if needs else None
+        for selector in selectors:
+            if cost is not None and selector.needs:
+                self._tell(f"select: {selector.label} costs about {format_count(selector.price(cost))} tokens")
+        keep = len(self.given) if self.given else self.recipe.kept_count(self.layers)
+        asked = question(self, needs, keep, self.given)
+        return [selector.rank(asked) for selector in selectors]
 
     def select(self) -> list[int]:
         """The kept layers by the recipe's selector."""
@@ -218,16 +240,17 @@ class Conversion:
         torch.manual_seed(self.recipe.seed)  # of the new weights
         student: Any = transplant(self.teacher, plan, self.mixers())
         student.to(self.device).float().train().requires_grad_(True)
-        objective = Distillation(student, self.teacher)
-        self._describe("distil", self.recipe.distil, objective)
-        result = self._loop("distil", objective, self.recipe.distil, before.sequences).run()
+        config = self.recipe.distil
+        objective = Distillation(student, self.teacher, temperature=config.temperature, ce_share=config.ce_share)
+        result = self._train("distil", objective, config, before)
         folder = self.run.path / "distil" / "model"
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
         self.team.wait()
-        note = self._note("distil", before.hash, model_hash(folder), result, {"kept": list(plan.kept)})
-        self._tell(f"distil: KL {note.first_loss:.3f} -> {note.last_loss:.3f} nats a token")
-        return note
+        kind = "KL" if config.ce_share == 0 else "loss"
+        losses = _arrow(result.first_loss, result.last_loss)
+        self._tell(f"distil: {kind} {losses} nats a token{_held_out(result)}")
+        return self._note("distil", before.hash, model_hash(folder), result, {"kept": list(plan.kept)})
 
     def finetune(self) -> StageNote:
         """The student, trained on longer text without the teacher."""
@@ -239,24 +262,20 @@ class Conversion:
             return done
         before = self.distil()
         student = self._student("distil", before).float().train().requires_grad_(True)
-        objective = LanguageModelling(student, "finetune")
-        self._describe("finetune", self.recipe.finetune, objective)
-        result = self._loop("finetune", objective, self.recipe.finetune, before.sequences).run()
+        result = self._train("finetune", LanguageModelling(student, "finetune"), self.recipe.finetune, before)
         folder = self.run.path / "finetune" / "model"
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
         self.team.wait()
-        note = self._note(
-            "finetune", before.hash, model_hash(folder), result, {"length": max(self.recipe.finetune.lengths)}
-        )
-        self._tell(f"finetune: loss {note.first_loss:.3f} -> {note.last_loss:.3f}")
-        return note
+        self._tell(f"finetune: loss {_arrow(result.first_loss, result.last_loss)}{_held_out(result)}")
+        details = {"length": max(self.recipe.finetune.lengths)}
+        return self._note("finetune", before.hash, model_hash(folder), result, details)
 
     def finish(self) -> ModelCard:
         """Finds the scale of the NoPE queries, and leaves the finished hybrid with its card in RUN/model."""
         from halobench.surgery.checkpoint import save_model
         from halobench.surgery.hybrid import backends_of
-        from halobench.surgery.stages.scale import search_scale
+        from halobench.surgery.stages.scale import scale_name, search_scale
 
         done = self.run.path / "model" / CARD
         if done.exists():
@@ -268,7 +287,7 @@ class Conversion:
             found = search_scale(student, self.data(self.recipe.finetune), self.recipe.scale, self.device)
             scale, losses, seconds, tokens = found.best, found.losses, found.seconds, found.tokens
             student.set_logits_scale(scale)
-            self._tell(f"scale: queries without positions are scaled by log_a(t + a) with a = {scale:g}")
+            self._tell(f"scale: queries without positions are scaled by log_a(t + a) with a = {scale_name(scale)}")
         self._note_of("scale", before.hash, before.hash, tokens, seconds, {"a": scale, "losses": losses})
         card = self._card(student)
         folder = self.run.path / "model"
@@ -282,35 +301,45 @@ class Conversion:
 
     # Shared -----------------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def _text(self) -> TextSource:
+        """The recipe's text, opened once; every stage goes on in it where the one before ended."""
+        from halobench.surgery.corpus import open_text
+
+        return open_text(self.recipe.data, self.tokenizer, self.recipe.seed)
+
     def data(self, config: LoopConfig) -> Mixture:
         """The stream of text and planted retrieval that every stage draws from."""
-        from halobench.surgery.corpus import open_text
         from halobench.surgery.planted import Mixture, Planted
 
-        text = open_text(self.recipe.data, self.tokenizer, self.recipe.seed)
-        planted = None
-        if config.planted > 0:
-            filler = open_text(self.recipe.data, self.tokenizer, self.recipe.seed + 1)
-            planted = Planted(self.tokenizer, filler, self.recipe.seed)
-        return Mixture(text, planted, config.planted, self.recipe.seed)
+        planted = Planted(self.tokenizer, self._text, self.recipe.seed) if config.planted > 0 else None
+        return Mixture(self._text, planted, config.planted, self.recipe.seed)
 
-    def _loop(self, stage: str, objective: Objective, config: LoopConfig, first: int) -> Loop:
+    def _train(self, stage: str, objective: Objective, config: LoopConfig, before: StageNote | None) -> StageResult:
+        """Says what a stage trains, and trains it; it goes on in the data where the stage before ended."""
+        from halobench.surgery import gates
         from halobench.surgery.loop import Loop
 
-        return Loop(
+        rows = gates.inventory(gates.trained(objective.module))
+        lengths = "/".join(map(str, config.lengths))
+        count = sum(row["parameters"] for row in rows)
+        known = rows == self._shown
+        self._tell(
+            f"{stage}: {config.tokens:,} tokens at length {lengths}, {count:,} parameters train"
+            + (", the same as before" if known else f":\n{gates.table(rows)}")
+        )
+        self._shown = rows
+        loop = Loop(
             self.run.path / stage,
             objective,
             self.data(config),
             config,
-            first_sequence=first,
+            first_sequence=before.sequences if before else 0,
+            first_position=before.position if before else 0,
             device=self.device,
             team=self.team,
         )
-
-    def _describe(self, stage: str, config: LoopConfig, objective: Objective) -> None:
-        trains = sum(p.numel() for _, p in objective.parameters())
-        lengths = "/".join(map(str, config.lengths))
-        self._tell(f"{stage}: {config.tokens:,} tokens at length {lengths}, {trains:,} parameters train")
+        return loop.run()
 
     def _tell(self, text: str) -> None:
         """One line of the story, from one of the processes that share the work."""
@@ -329,12 +358,10 @@ class Conversion:
             )
         return load_model(str(folder), dtype=torch.float32, device=self.device)
 
-    def _note(self, stage: str, came_from: str, hash: str, result: Any, details: dict[str, Any]) -> StageNote:
-        losses = {"first_loss": result.first_loss, "last_loss": result.last_loss}
-        return self._note_of(
-            stage, came_from, hash, result.tokens, result.seconds, details, sequences=result.sequences,
-            **{k: None if math.isnan(v) else v for k, v in losses.items()},
-        )  # fmt: skip
+    def _note(self, stage: str, came_from: str, hash: str, result: StageResult, details: dict[str, Any]) -> StageNote:
+        numbers = ("sequences", "position", "first_loss", "last_loss", "fell", "held_out_before", "held_out_after")
+        more = {name: getattr(result, name) for name in numbers}
+        return self._note_of(stage, came_from, hash, result.tokens, result.seconds, details, **more)
 
     def _note_of(
         self, stage: str, came_from: str, hash: str, tokens: int, seconds: float, details: dict[str, Any], **more: Any
@@ -395,3 +422,14 @@ class Conversion:
             backends={"device": self.device, **forms},
             details={"stages": [to_dict(replace(n, details={})) for n in notes], "scale": scale_losses},
         ).save(self.run.path / "convert.record.json")
+
+
+def _arrow(before: float, after: float) -> str:
+    return f"{before:.4f} -> {after:.4f}"
+
+
+def _held_out(result: StageResult) -> str:
+    """What the story says of the held-out loss."""
+    if result.held_out_before is None or result.held_out_after is None:
+        return ""
+    return f" (held out {_arrow(result.held_out_before, result.held_out_after)})"

@@ -14,7 +14,7 @@ from halobench.config import to_dict
 from halobench.costs import DecoderCosts, attention_costs, backbone_of, mixer_costs
 from halobench.errors import UserError
 from halobench.models import resolve
-from halobench.recipe import Recipe
+from halobench.recipe import Recipe, TokenBudget
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -109,6 +109,7 @@ class Drawn:
     memory: list[MemoryRow]
     flops: list[FlopsRow]
     stages: list[StageRow]
+    tokens: TokenBudget
     assumption: str
     budget: Fit | None
 
@@ -190,6 +191,7 @@ def draw_up(
         memory=[_memory(length, before, after, plan) for length in lengths],
         flops=[_flops(length, before, after) for length in lengths],
         stages=_stages(recipe, before, after, plan),
+        tokens=recipe.tokens(len(views)),
         assumption=ASSUMPTION,
         budget=answer,
     )

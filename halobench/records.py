@@ -16,7 +16,7 @@ from halobench.files import read_json, write_json
 from halobench.provenance import command_line, environment, now
 
 SCHEMA = 1
-Kind = Literal["convert", "select", "eval", "profile"]
+Kind = Literal["convert", "select", "eval", "profile", "oracle"]
 
 
 @dataclass(frozen=True, kw_only=True)

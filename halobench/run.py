@@ -1,6 +1,9 @@
 """A run's directory: what it was begun with, which stages are done, and where each came from.
 
 RUN/run.json            the recipe and the teacher it was begun with; another recipe is refused
+RUN/STAGE/checkpoints/  of a stage in training; see surgery/training_state.py
+RUN/STAGE/metrics.jsonl one line a step: loss, gradient norm, rate, tokens
+RUN/STAGE/trains.json   which weights train, by kind
 RUN/STAGE/stage.json    written last: the stage is complete. Tokens, seconds, losses, lineage
 RUN/select/             the sweep's evidence and the choice
 RUN/model/              the finished hybrid, with its card
@@ -22,7 +25,12 @@ from halobench.records import LedgerRow
 
 @dataclass(frozen=True, kw_only=True)
 class StageNote:
-    """What a finished stage leaves behind. came_from and hash tie it to the weights before and after."""
+    """What a finished stage leaves behind.
+
+    came_from and hash tie it to the weights before and after. sequences, position: sequences and tokens drawn from the
+    data so far, where the next stage goes on. first_loss, last_loss: means over the first and last fifth of the steps;
+    fell: whether last is below first. held_out_before, held_out_after: on sequences that no stage trains on.
+    """
 
     stage: str
     came_from: str
@@ -30,8 +38,12 @@ class StageNote:
     tokens: int
     seconds: float
     sequences: int
+    position: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    fell: bool | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def ledger(self) -> LedgerRow:
@@ -52,7 +64,9 @@ class RunFolder:
         self.path = path
         begun = path / "run.json"
         if begun.exists():
-            differing = _differences(read_json(begun)["identity"], identity)
+            from halobench.surgery.training_state import differences
+
+            differing = differences(read_json(begun)["identity"], identity)
             if differing:
                 raise UserError(
                     f"{path} holds another run: {'; '.join(differing[:4])}. Use the same settings, or another -o"
@@ -68,14 +82,6 @@ class RunFolder:
         return from_dict(StageNote, read_json(path), str(path)) if path.exists() else None
 
     def finish(self, note: StageNote) -> None:
-        """Marks a stage complete and drops its checkpoint."""
+        """Marks a stage complete and drops its checkpoints."""
         write_json(self.path / note.stage / "stage.json", to_dict(note))
-        shutil.rmtree(self.path / note.stage / "checkpoint", ignore_errors=True)
-
-
-def _differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """Readable differences between two plain values."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(k for k in after if k not in before)]
-        return [d for k in keys for d in _differences(before.get(k), after.get(k), f"{where}.{k}" if where else str(k))]
-    return [] if before == after else [f"{where} is {before!r} there and {after!r} here"]
+        shutil.rmtree(self.path / note.stage / "checkpoints", ignore_errors=True)

@@ -65,7 +65,7 @@ def train_tokenizer(files: list[Path], vocabulary: int) -> PreTrainedTokenizerFa
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from halobench.surgery.corpus import read_documents
+    from halobench.surgery.documents import read_documents
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -113,36 +113,38 @@ def new_model(shape: TeacherModel, vocabulary: int, eos: int, seed: int) -> Qwen
 
 def train(recipe: TeacherRecipe, data: str, folder: Path, *, device: str = "cpu") -> Path:
     """Runs every stage in `folder` and leaves the finished teacher in `folder/model`; returns that path."""
-    from halobench.surgery.corpus import PackedText, encode_corpus, source_files
+    from halobench.surgery.corpus import open_text
+    from halobench.surgery.documents import source_files
     from halobench.surgery.planted import Mixture, Planted
     from halobench.surgery.stages.language import LanguageModelling
 
-    team = Team.join()
+    team = Team.join(device)
+    if team.sharded:
+        raise UserError("the embedded teacher is small and trains its stages on one model: use DDP, without --use_fsdp")
     files = source_files(data)
     if files is None:
         raise UserError(f"the teacher is trained on files; {data!r} is a hub name: download it first")
     tokenizer = _tokenizer(recipe, files, folder, team)
     if team.leads:
-        encode_corpus(files, tokenizer)
+        open_text(data, tokenizer, recipe.seed)  # tokenised by one process, for all
     team.wait()
-    text = PackedText(encode_corpus(files, tokenizer), recipe.seed)
+    text = open_text(data, tokenizer, recipe.seed)
     model: Any = new_model(recipe.model, len(tokenizer), tokenizer.eos_token_id, recipe.seed)
     model.to(device)
-    drawn = 0
+    sequences = position = 0
     for stage in recipe.stages:
-        planted = Planted(tokenizer, PackedText(text.tokens, recipe.seed + 1), recipe.seed)
-        mixture = Mixture(text, planted, stage.planted, recipe.seed)
         loop = Loop(
             folder / stage.name,
             LanguageModelling(model, stage.name),
-            mixture,
+            Mixture(text, Planted(tokenizer, text, recipe.seed), stage.planted, recipe.seed),
             stage,
-            first_sequence=drawn,
+            first_sequence=sequences,
+            first_position=position,
             device=device,
             team=team,
         )
         result = loop.run()
-        drawn = result.sequences
+        sequences, position = result.sequences, result.position
         if team.leads:
             say(f"{stage.name}: loss {result.first_loss:.3f} -> {result.last_loss:.3f}, {result.seconds:.0f} s")
     if team.leads:

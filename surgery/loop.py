@@ -1,7 +1,8 @@
 """The one training loop: draws sequences, accumulates gradients, steps, logs, checkpoints and resumes exactly.
 
-A stage brings an Objective (what trains and its loss); the loop brings everything else. The state that decides the
-future is the step, the sequences drawn, the weights and the optimiser's moments: all of it is in the checkpoint.
+A stage brings an Objective (what trains and its loss); the loop brings everything else, on accelerate: one process,
+several by DDP or FSDP2, several machines. The state that decides the future is the step, the place in the data, the
+weights and the optimiser's moments: all of it is in a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,23 +12,28 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from halobench.config import to_dict
 from halobench.errors import HalobenchError, UserError
-from halobench.files import append_json_line, atomic_path, read_json, write_json, write_text
-from halobench.progress import Progress
-from halobench.surgery.optim import OptimConfig, Optimizer, rate_factor
-from halobench.surgery.parallel import Team
-from halobench.surgery.planted import Mixture
+from halobench.files import append_json_line, write_json, write_text
+from halobench.progress import Progress, say
+from halobench.surgery import gates, trackers
+from halobench.surgery.objective import LossModule, Objective
+from halobench.surgery.optim import OptimConfig, Optimizer, rate_factor, table_ids
+from halobench.surgery.parallel import Team, agree, fill, local, make_accelerator, whole, wrap
+from halobench.surgery.planted import Sequence
+from halobench.surgery.training_state import Checkpoints, Saved, at, differences
+
+METRICS = "metrics.jsonl"
+Batch = tuple[Tensor, Tensor, float]  # tokens (B, T + 1), weights of the same shape, share (see LossModule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,9 @@ class LoopConfig:
     tokens: the budget. batch_tokens: tokens of one step, over all processes. lengths: sequence lengths in tokens, one
     drawn per step when there are several. micro_batch_tokens: tokens of one forward pass of one process.
     precision: of the matrix products ("bf16" through autocast). planted: share of synthetic retrieval in the data.
+    gradient_checkpointing: compute activations again in the backward pass rather than keep them. keep_checkpoints: how
+    many of the newest stay. held_out_sequences: on which the loss is measured before and after (0: not at all).
+    trackers: where numbers go besides metrics.jsonl; None is TensorBoard where it is installed.
     """
 
     tokens: int
@@ -46,7 +55,11 @@ class LoopConfig:
     micro_batch_tokens: int | None = None
     precision: str = "bf16"
     planted: float = 0.0
+    gradient_checkpointing: bool = False
     save_every_seconds: float = 120.0
+    keep_checkpoints: int = 2
+    held_out_sequences: int = 8
+    trackers: list[str] | None = None
     seed: int = 0
 
     def steps(self) -> int:
@@ -54,117 +67,169 @@ class LoopConfig:
         return max(1, self.tokens // self.batch_tokens)
 
 
-class Objective(Protocol):
-    """What a stage trains and how it is judged."""
+class Data(Protocol):
+    """Where sequences come from; see planted.Mixture."""
 
-    name: str
-
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters that train, by name."""
+    def sequence(self, index: int, length: int, position: int) -> Sequence:
+        """Training sequence number `index`, with `position` tokens drawn before it."""
         ...
 
-    def embeddings(self) -> frozenset[int]:
-        """Ids of parameters that are tables (embedding, unembedding)."""
-        ...
-
-    def loss(self, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of the loss, sum of the weights it is divided by) of a micro-batch."""
+    def held_out(self, index: int, length: int) -> Sequence:
+        """A sequence that training never sees."""
         ...
 
 
 @dataclass
 class StageResult:
-    """What a stage did: tokens and seconds over all its runs, and its losses (first and last: means over a fifth)."""
+    """What a stage did, over all its runs.
+
+    first_loss, last_loss: means over the first and the last fifth of the steps. sequences, position: sequences and
+    tokens drawn from the data, those of the stages before included. fell: whether last is below first.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
     first_loss: float = math.nan
     last_loss: float = math.nan
     sequences: int = 0
+    position: int = 0
     resumed: bool = False
     losses: list[float] = field(default_factory=list)
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    fell: bool | None = None
+
+
+class _Totals(NamedTuple):
+    """A step over all processes: sums of loss and weight, gradient norms by tensor, who wants to save or to stop."""
+
+    loss: float
+    weight: float
+    norms: dict[str, float]
+    save: bool
+    stop: bool
 
 
 class Loop:
     """Trains one stage in its directory.
 
     Args:
-        folder: the stage's directory; `checkpoint/` and `metrics.jsonl` live in it.
+        folder: the stage's directory; `checkpoints/`, `metrics.jsonl` and `trains.json` live in it.
         objective: what trains.
         data: where sequences come from.
         config: budget and shape.
-        first_sequence: where in the data stream this stage starts.
+        first_sequence, first_position: sequences and tokens drawn from the data by the stages before.
         device: of the model.
-        team: the processes that share each batch.
+        team: the processes that share each batch; by default those that were launched with this one.
     """
 
     def __init__(
         self,
         folder: Path,
         objective: Objective,
-        data: Mixture,
+        data: Data,
         config: LoopConfig,
         *,
         first_sequence: int = 0,
+        first_position: int = 0,
         device: torch.device | str = "cpu",
         team: Team | None = None,
     ) -> None:
         self.folder, self.objective, self.data, self.config = folder, objective, data, config
-        self.device, self.team = torch.device(device), team or Team()
-        self.optimizer = Optimizer(objective.parameters(), config.optim, objective.embeddings())
-        self.result = StageResult(sequences=first_sequence)
+        self.device, self.team = torch.device(device), team or Team.join(device)
+        self.result = StageResult(sequences=first_sequence, position=first_position)
         self.step = 0
+        if config.gradient_checkpointing:
+            _recompute(objective, True)
+        self.accelerator = make_accelerator(
+            device, idle=objective.idle, log_with=trackers.chosen(config.trackers) or None, project_dir=folder
+        )
+        self.model, self._unwrap = wrap(LossModule(objective, config.precision), self.accelerator, self.team)
+        self.named = gates.trained(objective.module)
+        self.optimizer = Optimizer(self.named, config.optim, table_ids(objective.module))
+        self.checkpoints = Checkpoints(folder, config.keep_checkpoints)
+        self.reach = gates.Reach(objective.name, [] if objective.idle else [name for name, _ in self.named])
+        self._written: int | None = None  # the step of the newest checkpoint
+        self._saved_at = time.monotonic()
+        self._interrupted: Callable[[], bool] = lambda: False
 
     def run(self) -> StageResult:
         """Trains to the end of the budget, from the last checkpoint if there is one."""
         self._resume()
-        steps, saved, started = self.config.steps(), time.monotonic(), time.monotonic()
-        before = self.result.seconds
-        total = steps * self.config.batch_tokens
-        progress = Progress(self.objective.name, total, self.result.tokens, quiet=not self.team.leads)
-        with progress, _interrupts() as interrupted:
-            while self.step < steps:
-                loss = self._one_step(steps)
-                self.result.seconds = before + time.monotonic() - started
-                progress.advance(self.config.batch_tokens, f"loss {loss:.4f}")
-                if interrupted():
-                    self.save()
-                    raise KeyboardInterrupt
-                if time.monotonic() - saved > self.config.save_every_seconds:
-                    self.save()
-                    saved = time.monotonic()
+        if self.team.leads:
+            write_json(self.folder / "trains.json", gates.inventory(self.named))
+        if self.step == 0:
+            self.result.held_out_before = self._held_out()
+        trackers.begin(self.accelerator, self.folder.parent.name, self.folder.name, to_dict(self.config), self.step)
+        try:
+            self._train()
+        finally:
+            if self.accelerator.trackers:
+                self.accelerator.end_training()
         self._summarise()
         self.save()
+        self._unwrap()
+        if self.config.gradient_checkpointing:
+            _recompute(self.objective, False)
         return self.result
 
-    def _one_step(self, steps: int) -> float:
+    def _train(self) -> None:
+        steps, started, before = self.config.steps(), time.monotonic(), self.result.seconds
+        total = steps * self.config.batch_tokens
+        progress = Progress(self.objective.name, total, self.result.tokens, quiet=not self.team.leads)
+        self._saved_at = started
+        with progress, _interrupts() as self._interrupted:
+            first = self.step
+            while self.step < steps:
+                totals = self._one_step(steps, first=self.step == first)
+                self.result.seconds = before + time.monotonic() - started
+                progress.advance(self.config.batch_tokens, f"loss {self.result.losses[-1]:.4f}")
+                if totals.stop or (totals.save and self.step < steps):
+                    self.save()
+                if totals.stop:
+                    raise KeyboardInterrupt
+
+    # One step ---------------------------------------------------------------------------------------------------------
+
+    def _one_step(self, steps: int, first: bool) -> _Totals:
         length, count = self._shape()
-        first = self.result.sequences
-        mine = [self.data.sequence(first + place, length + 1) for place in self.team.share(count)]
-        per_pass = max(1, (self.config.micro_batch_tokens or count * length) // length)
-        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        for start in range(0, len(mine), per_pass):
-            group = mine[start : start + per_pass]
-            tokens = torch.from_numpy(np.stack([s.tokens for s in group])).to(self.device)
-            weights = torch.from_numpy(np.stack([s.weights for s in group])).float().to(self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                loss, weight = self.objective.loss(tokens, weights)
-            loss.backward()
-            sums += torch.stack([loss.detach().double(), weight.double()])
-        total, weight = self.team.sum_gradients(self.optimizer.parameters, sums).tolist()
-        norm = self._clip(weight)
-        mean = total / weight
+        start, position = self.result.sequences, self.result.position
+        place = np.random.SeedSequence((self.config.seed, self.step, self.team.rank)).generate_state(1)
+        torch.manual_seed(int(place[0]))  # of dropout, so that a resumed run draws it alike
+        batches = self._batches(
+            count, length, lambda i: self.data.sequence(start + i, length + 1, position + i * (length + 1))
+        )
+        totals = self._totals(self._passes(batches))
+        if first:
+            gates.check_frozen(self.objective.name, self.objective.module, self.objective.frozen)
+        if totals.weight == 0:
+            raise HalobenchError(f"{self.objective.name}: no token of step {self.step} carries weight; see the data")
+        mean = totals.loss / totals.weight
+        scale = self.team.size / totals.weight  # DDP and FSDP2 divide by the size
+        norm = math.sqrt(sum(x * x for x in totals.norms.values())) * scale
         if not (math.isfinite(mean) and math.isfinite(norm)):
-            self._explain(mean, norm)
-        self.optimizer.step(rate_factor(self.config.optim, self.step, steps))
+            self._explain(batches, mean, norm)
+        if self.step == 0:
+            gates.check_start(self.objective.name, mean, self.objective.ceiling)
+        self.reach.note(totals.norms, self.step + 1, self.step + 1 == steps)
+        limit = min(1.0, self.config.optim.clip / max(norm, 1e-12))
+        torch._foreach_mul_([local(p.grad) for _, p in self.named if p.grad is not None], limit * scale)
+        factor = rate_factor(self.config.optim, self.step, steps)
+        self.optimizer.step(factor)
+        self._count(length, count, mean, norm, factor)
+        return totals
+
+    def _count(self, length: int, count: int, mean: float, norm: float, factor: float) -> None:
         self.step += 1
         self.result.tokens += count * length
         self.result.sequences += count
+        self.result.position += count * (length + 1)
         self.result.losses.append(mean)
+        row = {"loss": mean, "norm": norm, "rate": self.config.optim.rate * factor, "tokens": self.result.tokens}
         if self.team.leads:
-            row = {"step": self.step, "tokens": self.result.tokens, "length": length, "loss": mean, "norm": norm}
-            append_json_line(self.folder / "metrics.jsonl", row)
-        return mean
+            append_json_line(self.folder / METRICS, {"step": self.step, "length": length, **row})
+        if self.accelerator.trackers:
+            self.accelerator.log(row, step=self.step)
 
     def _shape(self) -> tuple[int, int]:
         """(length, sequences) of the next step. The same for every process, and after a resume."""
@@ -175,76 +240,198 @@ class Loop:
             raise UserError(f"{self.objective.name}: batch_tokens {self.config.batch_tokens} is below length {length}")
         return length, self.config.batch_tokens // length
 
-    def _clip(self, weight: float) -> float:
-        """Divides the gradients by the weight of the batch, limits their norm, and returns the norm before."""
-        gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / weight
-        scale = min(1.0, self.config.optim.clip / max(norm, 1e-12)) if math.isfinite(norm) else 1.0
-        torch._foreach_mul_(gradients, scale / weight)
-        return norm
+    def _batches(self, count: int, length: int, draw: Callable[[int], Sequence]) -> list[Batch]:
+        """This process's share of `count` sequences in micro-batches; every process has as many of them."""
+        mine = [draw(place) for place in self.team.share(count)]
+        per_pass = max(1, (self.config.micro_batch_tokens or count * length) // length)
+        groups = [mine[i * per_pass : (i + 1) * per_pass] for i in range(self.team.passes(count, per_pass))]
+        return [self._tensors(group, 1.0) if group else self._tensors([draw(0)], 0.0) for group in groups]
 
-    def _explain(self, loss: float, norm: float) -> None:
-        bad = [n for n, p in self.objective.parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
-        where = f"first at {bad[0]}" if bad else "in the loss itself"
+    def _tensors(self, group: list[Sequence], share: float) -> Batch:
+        tokens = torch.from_numpy(np.stack([s.tokens for s in group])).to(self.device)
+        weights = torch.from_numpy(np.stack([s.weights for s in group])).float().to(self.device)
+        return tokens, weights, share
+
+    def _passes(self, batches: list[Batch]) -> Tensor:
+        """Forward and backward of every micro-batch; DDP sums gradients over processes in the last one alone."""
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        for number, batch in enumerate(batches):
+            alone = number + 1 < len(batches) and not self.team.sharded
+            with self.accelerator.no_sync(self.model) if alone else nullcontext():
+                loss, weight = self.model(*batch)
+                self.accelerator.backward(loss)
+            sums += torch.stack([loss.detach().double(), weight.detach().double()])
+        return sums
+
+    def _totals(self, sums: Tensor) -> _Totals:
+        """Sums over all processes, in one message. Norms are of the gradients as they stand, not yet divided."""
+        held = [(name, local(p.grad)) for name, p in self.named if p.grad is not None]
+        if not held:
+            raise HalobenchError(f"{self.objective.name}: no tensor that trains has a gradient; see the stage's loss")
+        norms = torch.stack(torch._foreach_norm([g for _, g in held])).double()
+        due = self.team.leads and time.monotonic() - self._saved_at > self.config.save_every_seconds
+        message = torch.tensor([due, self._interrupted()], dtype=torch.float64, device=self.device)
+        message = torch.cat([sums, message, norms.square()] if self.team.sharded else [sums, message])
+        if self.team.size > 1:
+            message = self.accelerator.reduce(message, "sum")
+        loss, weight, save, stop, *squares = message.tolist()
+        found = [math.sqrt(x) for x in squares] if self.team.sharded else norms.tolist()
+        return _Totals(loss, weight, dict(zip([n for n, _ in held], found, strict=True)), save > 0, stop > 0)
+
+    def _explain(self, batches: list[Batch], loss: float, norm: float) -> None:
+        """Runs the step again to see where numbers stop being finite, and raises HalobenchError."""
+
+        def again() -> None:
+            for _, parameter in self.named:
+                parameter.grad = None
+            for batch in batches:
+                with nullcontext() if self.team.sharded else self.accelerator.no_sync(self.model):
+                    self.accelerator.backward(self.model(*batch)[0])
+
+        found = agree(self.team, gates.find_nonfinite(self.objective.module, self.objective.frozen, again))
+        where = next((place for place in found if place), "the loss itself: every module's output is finite")
+        last = self.checkpoints.last()
+        good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         raise HalobenchError(
-            f"{self.objective.name}: numbers stopped being finite at step {self.step} (loss {loss}, gradient {norm}), "
-            f"{where}; the last good checkpoint is {self.folder / 'checkpoint'}: lower the rate and run again"
+            f"{self.objective.name}: numbers stopped being finite at step {self.step} (loss {loss:g}, gradient norm "
+            f"{norm:g}), first in {where}; {good}. Lower the rate and begin in a new folder"
         )
+
+    # Before and after -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _held_out(self) -> float | None:
+        """The mean loss on sequences that training never sees."""
+        count, length = self.config.held_out_sequences, max(self.config.lengths)
+        if count == 0:
+            return None
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        with _evaluating(self.objective.module):
+            for batch in self._batches(count, length, lambda place: self.data.held_out(place, length + 1)):
+                loss, weight = self.model(*batch)
+                sums += torch.stack([loss.double(), weight.double()])
+        loss, weight = (self.accelerator.reduce(sums, "sum") if self.team.size > 1 else sums).tolist()
+        return loss / weight if weight else None
 
     def _summarise(self) -> None:
         losses = self.result.losses
         part = max(1, len(losses) // 5)  # single steps differ by what the mixture drew
-        if losses:
-            self.result.first_loss = float(np.mean(losses[:part]))
-            self.result.last_loss = float(np.mean(losses[-part:]))
+        self.result.first_loss = float(np.mean(losses[:part]))
+        self.result.last_loss = float(np.mean(losses[-part:]))
+        self.result.fell = gates.loss_fell(losses)
+        if self.result.held_out_after is None:
+            self.result.held_out_after = self._held_out()
+        if not self.result.fell and self.team.leads:
+            say(
+                f"{self.objective.name}: the loss did not fall: {self.result.first_loss:.4f} over the first fifth of "
+                f"the steps, {self.result.last_loss:.4f} over the last"
+            )
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _held(self) -> dict[str, Tensor]:
+        """What a checkpoint holds by name: the tensors that train, and the module's persistent buffers."""
+        module = self.objective.module
+        buffers = dict(module.named_buffers())
+        kept = module.state_dict(keep_vars=True) if buffers else {}
+        return {**dict(self.named), **{name: b for name, b in buffers.items() if name in kept}}
 
     def save(self) -> None:
-        """Writes the checkpoint: all of it or nothing."""
-        if not self.team.leads:
+        """Writes the checkpoint of this step, all of it or nothing; every process must call."""
+        if self._written == self.step:
             return
-        with atomic_path(self.folder / "checkpoint") as folder:
-            folder.mkdir(parents=True)
-            weights = {name: p.detach().contiguous() for name, p in self.objective.parameters()}
-            save_file(weights, folder / "weights.safetensors")
-            save_file(self.optimizer.state(), folder / "optimizer.safetensors")
-            state = {"step": self.step, "config": to_dict(self.config), "result": vars(self.result)}
-            state["result"] = {
-                k: None if isinstance(v, float) and math.isnan(v) else v for k, v in vars(self.result).items()
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self._held().items():
+            gathered = whole(tensor.detach())
+            if self.team.leads:
+                weights[name] = gathered.contiguous().cpu()
+        moments = self.optimizer.state(keep=self.team.leads)
+        if self.team.leads:
+            result = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in vars(self.result).items()}
+            state = {
+                "processes": self.team.size,
+                "config": to_dict(self.config),
+                "result": result,
+                "unreached": self.reach.waiting,
             }
-            write_json(folder / "state.json", state)
+            self.checkpoints.save(self.step, weights, moments, state)
+        self._written, self._saved_at = self.step, time.monotonic()
 
     def _resume(self) -> None:
-        folder = self.folder / "checkpoint"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not folder.exists():
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-            return
-        state = read_json(folder / "state.json")
-        changed = sorted(k for k, v in to_dict(self.config).items() if state["config"].get(k) != v)
+        """Takes up the newest checkpoint that is whole; the first process finds it for all."""
+        found: Saved | None = None
+        trouble: HalobenchError | None = None
+        if self.team.leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                found = self.checkpoints.newest()
+            except HalobenchError as error:
+                trouble = error
+        place, trouble = agree(self.team, (found.folder if found else None, trouble))[0]
+        if trouble is not None:
+            raise trouble
+        if place is not None:
+            self._take(found or at(place))
+        if self.team.leads:
+            _truncate_log(self.folder / METRICS, self.step)
+
+    def _take(self, saved: Saved) -> None:
+        state = saved.state
+        changed = differences(state["config"], to_dict(self.config))
         if changed:
             raise UserError(
-                f"{self.folder} was begun with another {', '.join(changed)}; use the same settings, or a new folder"
+                f"{self.folder} was begun with other settings: {'; '.join(changed)}; use the same, or a new folder"
             )
-        weights = load_file(folder / "weights.safetensors")
+        if state["processes"] != self.team.size:
+            raise UserError(
+                f"{self.folder} was begun with {state['processes']} processes and there are {self.team.size} now; "
+                f"start {state['processes']} to go on (its checkpoints are untouched), or use a new folder"
+            )
+        weights = saved.weights()
         with torch.no_grad():
-            for name, parameter in self.objective.parameters():
-                parameter.copy_(weights[name])
-        self.optimizer.load_state(load_file(folder / "optimizer.safetensors"))
+            for name, tensor in self._held().items():
+                fill(tensor, weights[name])
+        self.optimizer.load_state(saved.moments())
         result: dict[str, Any] = {k: math.nan if v is None else v for k, v in state["result"].items()}
         self.result, self.step = StageResult(**result), state["step"]
-        self.result.resumed = True
-        _truncate_log(self.folder / "metrics.jsonl", self.step)
+        self.result.resumed, self._written = True, self.step
+        self.reach.waiting = state["unreached"]
+
+
+def _recompute(objective: Objective, wanted: bool) -> None:
+    """Turns gradient checkpointing of a Hugging Face model on or off."""
+    act = "enable" if wanted else "disable"
+    names = (f"activation_checkpointing_{act}", f"gradient_checkpointing_{act}")  # newer and older transformers
+    turn = next((getattr(objective.module, name) for name in names if hasattr(objective.module, name)), None)
+    if turn is None:
+        raise UserError(
+            f"{objective.name} has no gradient checkpointing, for it trains no whole model; "
+            "set gradient_checkpointing to false for it, and a smaller micro_batch_tokens to save memory"
+        )
+    turn()
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; every part then returns to its own mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for the end of a step, where the state is whole; a second one acts at once."""
+    """Ctrl-C and SIGTERM wait for the end of a step, where the state is whole; the same one again acts at once."""
     seen: list[int] = []
 
     def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        if len(seen) > 1:
+        if number in seen:
             raise KeyboardInterrupt
+        seen.append(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

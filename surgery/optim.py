@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from halobench.surgery.parallel import like, whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -47,27 +49,31 @@ def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
     return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
+def table_ids(module: nn.Module) -> frozenset[int]:
+    """Ids of the parameters that are tables rather than maps: token embedding and unembedding, tied or not."""
+    tables: list[nn.Module] = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    return frozenset(id(p) for m in [*tables, *([head] if head is not None else [])] for p in m.parameters())
+
+
 class Optimizer:
     """AdamW, with Muon for the matrices when the configuration asks for it, behind one face.
 
     Args:
-        parameters: (name, parameter) pairs that train; names decide the order of the saved state.
+        parameters: (name, parameter) pairs that train; their order decides that of the saved state.
         config: see OptimConfig.
-        embeddings: ids of parameters that are tables rather than maps, kept on AdamW.
+        tables: ids of parameters that stay on AdamW; see table_ids.
     """
 
     def __init__(
-        self,
-        parameters: Iterable[tuple[str, nn.Parameter]],
-        config: OptimConfig,
-        embeddings: frozenset[int] = frozenset(),
+        self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, tables: frozenset[int] = frozenset()
     ) -> None:
         self.config = config
-        named = list(parameters)
-        self.parameters = [p for _, p in named]
-        matrices = [p for _, p in named if config.matrix_rate is not None and p.ndim == 2 and id(p) not in embeddings]
+        self.parameters = [p for _, p in parameters]
+        maps = [p for p in self.parameters if p.ndim == 2 and id(p) not in tables]
+        matrices = maps if config.matrix_rate is not None else []
         chosen = {id(p) for p in matrices}
-        rest = [p for _, p in named if id(p) not in chosen]
+        rest = [p for p in self.parameters if id(p) not in chosen]
         betas = (config.beta1, config.beta2)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
         if rest:
@@ -85,23 +91,32 @@ class Optimizer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, Tensor]:
-        """The moments as flat named tensors, fit for a safetensors file."""
+    def state(self, keep: bool = True) -> dict[str, Tensor]:
+        """The moments as flat named tensors on the CPU, whole, fit for a safetensors file.
+
+        Args:
+            keep: False gives nothing, from a process that only takes part in gathering what is sharded.
+        """
         flat: dict[str, Tensor] = {}
         for part, (optimizer, _) in enumerate(self.parts):
             for index, slots in optimizer.state_dict()["state"].items():
                 for slot, value in slots.items():
-                    flat[f"{part}.{index}.{slot}"] = torch.as_tensor(value).contiguous()
+                    tensor = whole(torch.as_tensor(value))
+                    if keep:
+                        flat[f"{part}.{index}.{slot}"] = tensor.contiguous().cpu()
         return flat
 
     def load_state(self, flat: dict[str, Tensor]) -> None:
         """Restores what `state` gave."""
         for part, (optimizer, _) in enumerate(self.parts):
-            whole = optimizer.state_dict()
+            state = optimizer.state_dict()
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             slots: dict[int, dict[str, Tensor]] = {}
             for name, value in flat.items():
                 owner, index, slot = name.split(".", 2)
                 if int(owner) == part:
-                    slots.setdefault(int(index), {})[slot] = value
-            whole["state"] = slots
-            optimizer.load_state_dict(whole)
+                    parameter = parameters[int(index)]
+                    sharded = value.shape == parameter.shape and value.ndim > 0
+                    slots.setdefault(int(index), {})[slot] = like(parameter, value) if sharded else value
+            state["state"] = slots
+            optimizer.load_state_dict(state)

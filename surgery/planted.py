@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from halobench.surgery.corpus import TextSource
+from halobench.surgery.windows import TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,41 +67,60 @@ def random_value(rng: np.random.Generator) -> str:
     return "".join(str(d) for d in rng.integers(0, 10, digits))
 
 
+# Gives the real text of a sequence when a kind needs it: (length,) token ids.
+Filler = Callable[[], np.ndarray]
+_TRAINING, _HELD_OUT = 7, 11  # domains of the draw's seed: held-out sequences are never those of training
+
+
 class Planted:
-    """Draws synthetic retrieval sequences; the sequence of an index depends on the seed and the index alone.
+    """Draws synthetic retrieval sequences; what is drawn depends on the seed and the sequence's index alone.
 
     Args:
         tokenizer: a fast tokenizer.
-        filler: real text around the needles.
+        filler: real text around the needles. It may be the text of the mixture itself: at one position either the text
+            or a planted sequence is drawn, never both.
         seed: of the draw.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, filler: TextSource, seed: int) -> None:
         self.tokenizer, self.filler, self.seed = tokenizer, filler, seed
-        self.kinds: dict[str, tuple[float, Callable[[np.random.Generator, int, int], Sequence]]] = {
+        self.kinds: dict[str, tuple[float, Callable[[np.random.Generator, Filler, int], Sequence]]] = {
             "needles": (0.15, self._needles),
             "lists": (0.20, self._lists),
             "repeats": (0.40, self._repeats),
             "separators": (0.25, self._separators),
         }
 
-    def sequence(self, index: int, length: int) -> Sequence:
-        """The `index`-th sequence of `length` tokens."""
-        rng = np.random.default_rng((self.seed, index, 7))
+    def sequence(self, index: int, length: int, position: int) -> Sequence:
+        """The `index`-th sequence of `length` tokens; real text in it begins the filler's window at `position`."""
+        return self._draw((self.seed, index, _TRAINING), length, lambda: self.filler.window(position, length))
+
+    def held_out(self, index: int, length: int) -> Sequence:
+        """The `index`-th sequence that is never trained on, its draw and its real text alike."""
+        return self._draw((self.seed, index, _HELD_OUT), length, lambda: self.filler.held_out(index, length))
+
+    def _draw(self, seed: tuple[int, ...], length: int, filler: Filler) -> Sequence:
+        rng = np.random.default_rng(seed)
         shares = np.array([share for share, _ in self.kinds.values()])
         kind = list(self.kinds)[int(rng.choice(len(shares), p=shares / shares.sum()))]
-        return self.kinds[kind][1](rng, index, length)
+        return self.kinds[kind][1](rng, filler, length)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _pairs(self, rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-        keys = [str(word) for word in rng.choice(nouns("train"), size=count, replace=False)]
+        """Pairs of distinct keys and their values; keys are single words as long as there are enough."""
+        words = nouns("train")
+        if count > len(words):
+            numbers = rng.choice(len(words) ** 2, size=count, replace=False)
+            keys = [f"{words[i // len(words)]} {words[i % len(words)]}" for i in numbers]
+            return [(key, random_value(rng)) for key in keys]
+        keys = [str(word) for word in rng.choice(words, size=count, replace=False)]
         if rng.random() < 0.25:
-            keys = [f"{word} {key}" for word, key in zip(rng.choice(nouns("train"), size=count), keys, strict=True)]
+            keys = [f"{word} {key}" for word, key in zip(rng.choice(words, size=count), keys, strict=True)]
         return [(key, random_value(rng)) for key in keys]
 
-    def _needles(self, rng: np.random.Generator, index: int, length: int) -> Sequence:
+    def _needles(self, rng: np.random.Generator, filler: Filler, length: int) -> Sequence:
         """One to eight facts inside real text, then questions about them in another order."""
         statement, question = TEMPLATES[int(rng.integers(len(TEMPLATES)))]
         pairs = self._pairs(rng, int(rng.integers(1, max(2, min(8, length // 48) + 1))))
@@ -114,19 +133,19 @@ class Planted:
         ends = self._encode([after] * len(asked)) if after else [[]] * len(asked)
         tail = [(ids, w) for q, a, e in zip(asks, answers, ends, strict=True) for ids, w in _ask(q, a, e)]
         room = length - sum(map(len, facts)) - sum(len(ids) for ids, _ in tail)
-        filler = self.filler.window(index, max(room, len(facts)))
-        places = np.sort(rng.integers(0, len(filler), len(facts)))
+        text = filler()[: max(room, len(facts))]
+        places = np.sort(rng.integers(0, len(text), len(facts)))
         parts: list[tuple[list[int], float]] = []
         last = 0
         for place, fact in zip(places, facts, strict=True):
-            parts += [(list(filler[last:place]), 1.0), (fact, 1.0)]
+            parts += [(list(text[last:place]), 1.0), (fact, 1.0)]
             last = int(place)
-        return _assemble([*parts, (list(filler[last:]), 1.0), *tail], length)
+        return _assemble([*parts, (list(text[last:]), 1.0), *tail], length)
 
-    def _lists(self, rng: np.random.Generator, index: int, length: int) -> Sequence:
+    def _lists(self, rng: np.random.Generator, filler: Filler, length: int) -> Sequence:
         return self._key_values(rng, ": ", "\n", length)
 
-    def _separators(self, rng: np.random.Generator, index: int, length: int) -> Sequence:
+    def _separators(self, rng: np.random.Generator, filler: Filler, length: int) -> Sequence:
         return self._key_values(rng, *SEPARATORS[int(rng.integers(len(SEPARATORS)))], length)
 
     def _key_values(self, rng: np.random.Generator, between: str, end: str, length: int) -> Sequence:
@@ -144,11 +163,11 @@ class Planted:
         parts += [part for q, a in zip(asks, answers, strict=True) for part in _ask(q, a, ids[-1], LIST_WEIGHT)]
         return _assemble(parts, length)
 
-    def _repeats(self, rng: np.random.Generator, index: int, length: int) -> Sequence:
+    def _repeats(self, rng: np.random.Generator, filler: Filler, length: int) -> Sequence:
         """A segment of text, or of random tokens, tiled to fill the length."""
-        period = int(np.exp(rng.uniform(np.log(8), np.log(length * 0.6))))
+        period = int(np.exp(rng.uniform(np.log(8), np.log(max(8.0, length * 0.6)))))
         real = rng.random() < 0.5
-        segment = self.filler.window(index, period) if real else rng.integers(3, len(self.tokenizer), period)
+        segment = filler()[:period] if real else rng.integers(3, len(self.tokenizer), period)
         tokens = np.tile(segment, length // period + 1)[:length]
         weights = np.full(length, 2.0)
         weights[:period] = 1.0 if real else 0.0
@@ -169,7 +188,7 @@ def _assemble(parts: list[tuple[list[int], float]], length: int) -> Sequence:
 
 
 class Mixture:
-    """Text and planted retrieval in a given proportion, addressed by index.
+    """Text and planted retrieval in a given proportion.
 
     Args:
         text: packed text.
@@ -181,8 +200,22 @@ class Mixture:
     def __init__(self, text: TextSource, planted: Planted | None, share: float, seed: int) -> None:
         self.text, self.planted, self.share, self.seed = text, planted, share, seed
 
-    def sequence(self, index: int, length: int) -> Sequence:
-        """The `index`-th sequence of `length` tokens."""
-        if self.planted is not None and np.random.default_rng((self.seed, index, 3)).random() < self.share:
-            return self.planted.sequence(index, length)
-        return Sequence(self.text.window(index, length), np.ones(length))
+    def sequence(self, index: int, length: int, position: int) -> Sequence:
+        """A training sequence of `length` tokens; the answer depends on the seed and the arguments alone.
+
+        Args:
+            index: running number of the sequence, over all stages.
+            position: tokens of all sequences before it, over all stages (`length` of each, planted or not).
+        """
+        if self.planted is not None and self._plants(index, 3):
+            return self.planted.sequence(index, length, position)
+        return Sequence(self.text.window(position, length), np.ones(length))
+
+    def held_out(self, index: int, length: int) -> Sequence:
+        """The `index`-th sequence, from 0, that training never sees; the same share of them is planted."""
+        if self.planted is not None and self._plants(index, 5):
+            return self.planted.held_out(index, length)
+        return Sequence(self.text.held_out(index, length), np.ones(length))
+
+    def _plants(self, index: int, domain: int) -> bool:
+        return bool(np.random.default_rng((self.seed, index, domain)).random() < self.share)

@@ -29,7 +29,7 @@ SMALL = [
     "selection.kl_sequences=2", "selection.kl_length=64",
     "distil.tokens=2048", "distil.batch_tokens=512", "distil.lengths=[128]",
     "finetune.tokens=1024", "finetune.batch_tokens=512", "finetune.lengths=[256]",
-    "scale.length=256", "scale.sequences=1", "scale.candidates=[100, 500]",
+    "scale.lengths=[256]", "scale.sequences=1", "scale.candidates=[100, 500]",
 ]  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def test_equal_choices_share_one_conversion_and_the_contrast_keeps_rope() -> Non
 
 SMALL = [
     "align.tokens=8192", "selection.haystacks=2", "selection.items=4", "selection.kl_sequences=2",
-    "distil.tokens=4096", "finetune.tokens=4096", "scale.length=512", "scale.candidates=[100, 400]",
+    "distil.tokens=4096", "finetune.tokens=4096", "scale.lengths=[512]", "scale.candidates=[100, 400]",
 ]  # fmt: skip
 
 

@@ -101,7 +101,9 @@ def config_file(folder: Path, family: str, **changes: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("shape", "billions"), [("qwen3-1.7b", 1.72), ("qwen3-8b", 8.19), ("llama-3.2-3b", 3.21)])
+@pytest.mark.parametrize(
+    ("shape", "billions"), [("qwen3-1.7b", 1.72), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("llama-3.2-3b", 3.21)]
+)
 def test_every_shape_has_the_size_its_model_card_says_and_is_planned_in_seconds(shape: str, billions: float) -> None:
     started = time.perf_counter()
     drawn = dry_run(shape)
@@ -111,7 +113,7 @@ def test_every_shape_has_the_size_its_model_card_says_and_is_planned_in_seconds(
 
 
 def test_every_shape_that_ships_is_tested_above() -> None:
-    assert shape_names() == ["llama-3.2-3b", "qwen3-1.7b", "qwen3-8b"]
+    assert shape_names() == ["llama-3.2-3b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"]
 
 
 def test_the_released_hybrids_have_the_released_number_of_parameters(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from halobench.config import apply_overrides, from_dict, read_yaml, to_dict
 from halobench.errors import HalobenchError, UserError
 from halobench.files import atomic_path, read_json, write_json
-from halobench.recipe import load_recipe, recipe_names
+from halobench.recipe import load_recipe
 from halobench.records import LedgerRow, Metric, ModelCard, RunRecord, find_records, read_record
 from halobench.registry import Registry
 from halobench.units import format_bytes, format_count, format_length, format_seconds, parse_count, parse_length
@@ -69,9 +69,8 @@ def test_yaml_errors_name_the_line(tmp_path: Path) -> None:
 
 
 def test_every_shipped_recipe_is_read_and_has_the_published_numbers() -> None:
-    assert set(recipe_names()) == {"halo-tiny", "halo-qwen3-1.7b"}
     published = load_recipe("halo-qwen3-1.7b", [])
-    assert published.tokens() == 2_320_000_000
+    assert published.tokens().training == 2_320_000_000
     assert (published.align.optim.rate, published.distil.optim.rate, published.finetune.optim.rate) == (
         1e-3,
         1e-4,

@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from halobench.cli import checkpoints, convert, demo, evaluate, lists, plan, profile, report, select, teacher
+from halobench.cli import (
+    checkpoints,
+    convert,
+    demo,
+    evaluate,
+    lists,
+    oracle,
+    plan,
+    profile,
+    report,
+    select,
+    teacher,
+    tune_scale,
+)
 from halobench.errors import HalobenchError
 
 INTERRUPTED = 130  # the shell's number for it
@@ -23,6 +36,8 @@ app.command("demo")(demo.demo)
 app.command("convert")(convert.convert)
 app.command("plan")(plan.plan)
 app.command("select")(select.select)
+app.command("tune-scale")(tune_scale.tune_scale)
+app.command("oracle")(oracle.oracle)
 app.command("eval")(evaluate.evaluate)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def doctor() -> None:
     """Versions, hardware and what is missing for the fast paths."""
@@ -27,11 +29,11 @@ def doctor() -> None:
 def recipes() -> None:
     """The recipes that ship with the package."""
     from halobench.recipe import load_recipe, recipe_names
-    from halobench.units import format_count
 
     for name in recipe_names():
         recipe = load_recipe(name, [])
-        print(f"{name:<20} {recipe.mixer}, {recipe.keep:g} by {recipe.select}, {format_count(recipe.tokens())} tokens")
+        print(f"{name:<26}{recipe.summary}")
+        print(f"{'':<26}{recipe.tokens()}")
 
 
 def mixers() -> None:
@@ -44,9 +46,16 @@ def mixers() -> None:
 
 
 def selectors() -> None:
-    """The ways to choose the layers that stay softmax."""
-    from halobench.surgery.selection import SELECTORS
+    """The ways to choose the layers that stay softmax: what each reads, its paper and its options."""
+    import json
+    from dataclasses import fields
+
+    from halobench.surgery.selection import SELECTORS, make_selector
 
     for name in SELECTORS.names():
-        selector = SELECTORS.get(name)
-        print(f"{name:<14} {selector.label}  {selector.paper}".rstrip())
+        selector: Any = make_selector(name)
+        needs = ", ".join(sorted(selector.needs)) or "nothing"
+        print(f"{name:<15}{selector.label:<16}needs {needs:<12}  {selector.paper}".rstrip())
+        for field in fields(selector):
+            default = json.dumps(getattr(selector, field.name)).strip('"')  # as one would write it
+            print(f"{'':<15}--option {name}.{field.name}={default}")

@@ -145,4 +145,5 @@ def _show_stages(drawn: Drawn, console: Console) -> None:
 
     for row in drawn.stages:
         console.print(f"{row.stage:>9}: {format_count(row.tokens)} tokens, about {_time(row.hours)}")
+    console.print(f"   tokens: {drawn.tokens}")
     console.print(f"hours: {drawn.assumption}")

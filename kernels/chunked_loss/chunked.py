@@ -12,6 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LIVE_BYTES = 768 << 20  # of all the logits alive at once
+# Student's and teacher's logits, the gradients of two losses (a KL mixed with a cross entropy) and their sum.
+COPIES = 5
+FEWEST_TOKENS, MOST_TOKENS = 16, 4096
+
+
+def tokens_per_chunk(vocabulary: int, live_bytes: int = LIVE_BYTES) -> int:
+    """Tokens whose logits fit into `live_bytes` as `COPIES` copies in fp32: 256 at a vocabulary of 151,936.
+
+    Never below 16, for products of fewer rows waste the machine, nor above 4,096, beyond which nothing is gained.
+    """
+    return max(FEWEST_TOKENS, min(MOST_TOKENS, live_bytes // (vocabulary * 4 * COPIES)))
+
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
@@ -48,18 +61,27 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def chunked_loss(
-    chunk_loss: Callable[[Tensor, slice], Tensor], hidden_ND: Tensor, parameters: list[nn.Parameter], chunk: int = 1024
+    chunk_loss: Callable[[Tensor, slice], Tensor],
+    hidden_ND: Tensor,
+    parameters: list[nn.Parameter],
+    chunk: int | None = None,
 ) -> Tensor:
     """The sum of `chunk_loss` over chunks of tokens, differentiable in the hidden states and `parameters`.
+
+    Beyond the weights and hidden states it holds `LIVE_BYTES` of logits, three times the unembedding in fp32 (its
+    gradient summed, one chunk's part of it, and what backward returns), and the gradient of the hidden states.
 
     Args:
         chunk_loss: (hidden of the chunk, its slice of the tokens) -> scalar sum over the chunk. It may close over the
             teacher's hidden states and over targets; it must reach `parameters` only through the unembedding.
         hidden_ND: the student's hidden states, N tokens of width D.
         parameters: what the unembedding trains (empty when it is frozen).
-        chunk: tokens whose logits are held at once.
+        chunk: tokens whose logits are held at once; by default `tokens_per_chunk` of the unembedding's vocabulary, and
+            of the largest in use, 262,144, when it is frozen and so not among the parameters.
 
     Returns:
         a scalar, fp32 (fp64 for fp64 input).
     """
+    if chunk is None:
+        chunk = tokens_per_chunk(max((len(p) for p in parameters), default=262_144))
     return _ChunkedLoss.apply(chunk_loss, chunk, hidden_ND, *parameters)

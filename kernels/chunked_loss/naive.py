@@ -10,18 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """The logits in the type that sums are taken in: fp64 stays, everything else becomes fp32."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def forward_kl(student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor) -> Tensor:
-    """Sum over tokens of weight * KL(teacher || student) in nats (HALO, stage 2). Returns a scalar."""
-    student, teacher = F.log_softmax(_wide(student_NV), -1), F.log_softmax(_wide(teacher_NV), -1)
+def forward_kl(student_NV: Tensor, teacher_NV: Tensor, weights_N: Tensor, temperature: float = 1.0) -> Tensor:
+    """Sum over tokens of weight * T^2 KL(teacher || student) in nats, both softmaxes taken of logits / T.
+
+    HALO's stage 2 at T = 1. The factor T^2 keeps gradients of one size as T grows (Hinton et al., arXiv 1503.02531).
+    Returns a scalar.
+    """
+    student = F.log_softmax(wide(student_NV) / temperature, -1)
+    teacher = F.log_softmax(wide(teacher_NV) / temperature, -1)
     per_token = (teacher.exp() * (teacher - student)).sum(-1)
-    return torch.dot(per_token, weights_N.to(per_token.dtype))
+    return temperature**2 * (per_token * weights_N.to(per_token.dtype)).sum()
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor, weights_N: Tensor) -> Tensor:
     """Sum over tokens of weight * cross entropy in nats (HALO, stage 3). Returns a scalar."""
-    per_token = F.cross_entropy(_wide(logits_NV), targets_N, reduction="none")
-    return torch.dot(per_token, weights_N.to(per_token.dtype))
+    per_token = F.cross_entropy(wide(logits_NV), targets_N, reduction="none")
+    return (per_token * weights_N.to(per_token.dtype)).sum()

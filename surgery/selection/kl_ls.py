@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from halobench.surgery.selection.contract import Need, Question, Ranking, membership, order, top
+from halobench.surgery.selection.contract import Need, Prices, Question, Ranking
+from halobench.surgery.selection.draws import TEXT, drawn, layer_scores
+from halobench.surgery.selection.uncertainty import ranked
 
-RESAMPLES = 400
 
-
+@dataclass(frozen=True, kw_only=True)
 class KlRestore:
-    """Rank by the KL to the teacher that restoring layer i reaches, lowest first; scores are minus that KL.
+    """s_i = -KL(teacher || student with softmax in layer i alone), so that the lowest KL comes first.
 
-    The paper re-distils each candidate for 200-600M tokens; the budget is the sweep's setting, and 0 is allowed.
+    budget: "redistilled" as in the paper: each candidate is trained by KL before it is scored, and the score is the
+        training loss it ends with (`train_kl`; the KL on held-out text where the scores lack it). "none" scores the
+        aligned student as it is, on held-out text.
+
+    The uncertainty is that of held-out text in both: how far the KL moves with the text it is measured on. It does not
+    hold the noise of training.
     """
 
-    name = "kl-ls"
-    label = "KL-LS"
-    paper = "https://arxiv.org/abs/2512.20569"
-    needs: Need = "restored"
+    name: ClassVar[str] = "kl-ls"
+    label: ClassVar[str] = "KL-LS"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2512.20569"
+
+    budget: Literal["redistilled", "none"] = "redistilled"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Candidates trained, or as they are."""
+        return frozenset({"redistilled" if self.budget == "redistilled" else "restored"})
+
+    def price(self, prices: Prices) -> int:
+        """Every candidate trained and measured; untrained, the all-linear student and every candidate measured."""
+        if self.budget == "redistilled":
+            return prices.layers * (prices.restore + prices.text)
+        return (prices.layers + 1) * prices.text
 
     def rank(self, question: Question) -> Ranking:
         """See Selector."""
         evidence = question.require(self.name)
-        kl, errors = evidence.restored_kl()
-        share = None
-        if errors is not None:
-            noise = np.random.default_rng(question.seed).normal(size=(RESAMPLES, len(kl)))
-            share = membership(-(kl + noise * errors), question.keep)
-        return Ranking(
-            method=self.name,
-            label=self.label,
-            layers=top(-kl, question.keep),
-            ranking=order(-kl),
-            scores=[float(-x) for x in kl],
-            stderr=None if errors is None else [float(e) for e in errors],
-            membership=share,
-            cost_tokens=evidence.restored_tokens,
-        )
+        part: Literal["redistilled", "restored"] = "redistilled" if self.budget == "redistilled" else "restored"
+        entries = evidence.redistilled if part == "redistilled" else []
+        trained = bool(entries) and all("train_kl" in entry.scores.get("text", {}) for entry in entries)
+        kl = layer_scores(evidence, part, TEXT, "train_kl" if trained else "kl", "text")
+        draws = drawn(evidence, part, TEXT, "kl", question.seed)
+        noisy = None if draws is None else draws[0] - draws[0].mean(0) + kl if trained else draws[0]
+        cost = evidence.cost(part, list(evidence.costs.get(part, {})))
+        return ranked(self, question, -kl, None if noisy is None else -noisy, cost)

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from halobench.kernels.chunked_loss import chunked_loss, cross_entropy
 from halobench.surgery.heads import final_hidden, head_parameters, unembed
+from halobench.surgery.objective import Objective
 
 
-def embedding_ids(model: nn.Module) -> frozenset[int]:
-    """Ids of the parameters that are tables rather than maps: token embedding and unembedding, tied or not."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return frozenset(id(p) for m in [*tables, head] for p in m.parameters())
-
-
-class LanguageModelling:
+class LanguageModelling(Objective):
     """Objective: next-token cross entropy, each target with its own weight; every parameter of the model trains."""
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name = model, name
-
-    def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Every parameter of the model."""
-        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-
-    def embeddings(self) -> frozenset[int]:
-        """See embedding_ids."""
-        return embedding_ids(self.model)
+        self.module = model
 
     def loss(self, tokens_BT: Tensor, weights_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of weight * cross entropy (nats), and the sum of the weights."""

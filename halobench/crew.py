@@ -1,0 +1,66 @@
+"""Processes of one thread each that take jobs side by side: how small conversions fill the cores of one machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from types import TracebackType
+from typing import Any
+
+from halobench.progress import say
+
+
+class Crew:
+    """Processes of one thread that take jobs. Ctrl-C reaches the parent alone, which asks them to save and stop."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __enter__(self) -> Crew:
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
+        self._pool = ProcessPoolExecutor(self.size, mp_context=get_context("spawn"), initializer=_start_worker)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del os.environ["OMP_NUM_THREADS"]
+        if kind is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
+
+    def do(self, jobs: list[tuple[Any, ...]]) -> None:
+        """Runs jobs (a function and its arguments each) and says what each has to say; the first failure ends all."""
+        for future in as_completed([self._pool.submit(*job) for job in jobs]):
+            said = future.result()
+            if said:
+                say(said)
+
+
+def _start_worker() -> None:
+    import torch
+
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.set_num_threads(1)
+
+
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed cannot stop its workers; they notice."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
