@@ -71,7 +71,7 @@ class Bench:
         self.prompt = conversion.recipe.selection.length
         self.teacher: Any = conversion.teacher
         self.mixers: dict[int, Mixer] = {i: m.requires_grad_(False) for i, m in conversion.mixers().items()}
-        self._foreign: dict[int, tuple[Mixer, str]] = {}
+        self._foreign: dict[int, tuple[Mixer, list[int], str]] = {}
         self._tables: dict[tuple[str, int | None, int | None], _Table] = {}
 
     def measure(
@@ -161,11 +161,12 @@ class Bench:
         return chosen
 
     def _name(self, layer: int, mixer: Mixer) -> str:
-        """The hash of a mixer that is not the workbench's own; those of the last search are remembered."""
+        """The hash of a mixer that is not the workbench's own, remembered until the mixer is another or is changed."""
+        versions = [tensor._version for tensor in (*mixer.parameters(), *mixer.buffers())]
         known = self._foreign.get(layer)
-        if known is None or known[0] is not mixer:
-            self._foreign[layer] = known = (mixer, weights_hash({layer: mixer}))
-        return known[1]
+        if known is None or known[0] is not mixer or known[1] != versions:
+            self._foreign[layer] = known = (mixer, versions, weights_hash({layer: mixer}))
+        return known[2]
 
     def _fitting(self, mixer: Mixer) -> Mixer:
         """The mixer in the carrier's dtype; what trains does so in fp32."""

@@ -16,6 +16,7 @@ from halobench.reports.table import clean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 _SIDE, _GAP, _TOP, _BOTTOM = 3.35, 0.75, 0.95, 0.75  # inches
 
@@ -46,7 +47,7 @@ def plot_oracle(records: Sequence[RunRecord], path: Path) -> Path:
     return canvas.save(figure, path)
 
 
-def _triangle(axes: Axes, oracle: Oracle, low: float, high: float) -> object:
+def _triangle(axes: Axes, oracle: Oracle, low: float, high: float) -> AxesImage:
     values = np.full((oracle.layers, oracle.layers), np.nan)
     for (a, b), value in oracle.screened.items():
         values[b, a] = value

@@ -51,5 +51,5 @@ def convert(
         teacher, chosen, out, device=options.device_or_default(device), given=given, aligned=aligned
     )
     conversion.convert(until)
-    if until == STAGES[-1]:
+    if until == STAGES[-1] and conversion.team.leads:
         say(f"next: halobench eval {out} -o {out}/eval")

@@ -24,6 +24,7 @@ def oracle(
     method: Annotated[list[str] | None, typer.Option(help="Selector to judge; repeatable. All by default.")] = None,
     judges: Annotated[int, typer.Option(help="More seeds for chosen and leading sets.")] = 3,
     leaders: Annotated[int, typer.Option(help="Best sets of seed 0 that are judged beside the chosen ones.")] = 4,
+    haystacks: Annotated[int, typer.Option(help="Needle haystacks at each length.")] = 12,
     most: Annotated[int, typer.Option(help="Refuse a study of more sets than this.")] = 500,
     workers: Annotated[int | None, typer.Option(help="Conversions side by side; one per core by default.")] = None,
     set_: options.Sets = None,
@@ -38,7 +39,7 @@ def oracle(
 
     for name in method or []:
         SELECTORS.get(name)
-    settings = OracleSettings(keep=keep, judges=judges, leaders=leaders, most=most)
+    settings = OracleSettings(keep=keep, judges=judges, leaders=leaders, haystacks=haystacks, most=most)
     chosen = load_recipe(recipe, set_ or [])
     record = run_oracle(teacher, chosen, method or list(METHODS), settings, out, workers)
     for path in write_oracle([read_record(record)], out):
