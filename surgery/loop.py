@@ -392,7 +392,9 @@ class Loop:
             for name, tensor in self._held().items():
                 fill(tensor, weights[name])
         self.optimizer.load_state(saved.moments())
-        result: dict[str, Any] = {k: math.nan if v is None else v for k, v in state["result"].items()}
+        result: dict[str, Any] = dict(state["result"])
+        for name in ("first_loss", "last_loss"):  # JSON has no number for what is not known yet
+            result[name] = math.nan if result[name] is None else result[name]
         self.result, self.step = StageResult(**result), state["step"]
         self.result.resumed, self._written = True, self.step
         self.reach.waiting = state["unreached"]

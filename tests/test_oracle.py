@@ -18,20 +18,8 @@ from tests.conftest import make_pico
 from tests.test_cli import SMALL, sets
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = "--method joint --method even --judges 1 --leaders 1 --haystacks 1 --workers 2".split()
-    "--method",
-    "joint",
-    "--method",
-    "even",
-    "--judges",
-    "1",
-    "--leaders",
-    "1",
-    "--haystacks",
-    "1",
-    "--workers",
-    "2",
-]
+QUICK = ["--method=joint", "--method=even", "--judges=1", "--leaders=1", "--haystacks=1", "--workers=2"]
+BUDGET = sets([*SMALL, "distil.lengths=[256]"])
 
 
 def readme_command() -> list[str]:
@@ -40,12 +28,12 @@ def readme_command() -> list[str]:
     return command.split()
 
 
-def start(place: Path, *more: str) -> subprocess.CompletedProcess[str]:
+def start(place: Path) -> subprocess.CompletedProcess[str]:
     words = readme_command()
     words[words.index("tiny")] = "teacher"
     words[words.index("--keep") + 1] = "1"
     environment = {**os.environ, "HALOBENCH_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *words, *QUICK, *sets(SMALL), *more]
+    command = [sys.executable, "-m", *words, *QUICK, *BUDGET]
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 
 

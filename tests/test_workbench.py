@@ -47,7 +47,7 @@ class Desk:
         self.teacher, self.tokenizer, self.broken = teacher.requires_grad_(False), tokenizer, broken
         self.recipe = load_recipe("halo-tiny", SMALL)
         self.base, self.layers = SimpleNamespace(path=folder), 4
-        self.align = lambda: SimpleNamespace(sequences=10, tokens=640)
+        self.align = lambda: SimpleNamespace(sequences=10, position=650)
 
     @cached_property
     def _mixers(self):

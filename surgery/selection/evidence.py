@@ -74,7 +74,7 @@ class Evidence:
         missing = [str(layer) for layer in range(min(self.num_layers, 10**4)) if layer not in set(layers)]
         raise UserError(
             f"the {part} scores must hold each of {self.num_layers} layers once; got {len(layers)} entries, "
-            + (f"missing layers {some(missing)}" if missing else "some of them repeated or out of range")
+            + (f"missing layers [{some(missing)}]" if missing else "some of them repeated or out of range")
         )
 
     @cached_property
