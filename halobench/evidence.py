@@ -79,8 +79,12 @@ def gather(conversion: Conversion, folder: Path, needs: Collection[Need]) -> Evi
     config = conversion.recipe.selection
     found: dict[str, Found] = {} if sweep is None else {part: sweep.collect(part) for part in _swept(needs)}
     replaced, restored = found.get("replaced"), found.get("restored")
-    redistilled, trained = _collect_redistilled(conversion, folder) if "redistilled" in needs else ([], 0)
     costs = {part: entry.tokens for part, entry in found.items()}
+    seconds = {part: entry.seconds for part, entry in found.items()}
+    redistilled: list[Changed] = []
+    if "redistilled" in needs:
+        redistilled, tokens, taken = _collect_redistilled(conversion, folder)
+        costs["redistilled"], seconds["redistilled"] = {TEXT[0]: tokens}, {TEXT[0]: taken}
     evidence = Evidence(
         teacher=conversion.teacher_name,
         mixer=conversion.recipe.mixer,
@@ -96,7 +100,8 @@ def gather(conversion: Conversion, folder: Path, needs: Collection[Need]) -> Evi
         linear_samples=restored.base_samples if restored else None,
         restored=restored.entries if restored else [],
         redistilled=redistilled,
-        costs={**costs, "redistilled": {TEXT[0]: trained}} if redistilled else costs,
+        costs=costs,
+        seconds=seconds,
         layer_forwards={
             "run": sum(entry.meter.run for entry in found.values()),
             "one_by_one": sum(entry.meter.one_by_one for entry in found.values()),
@@ -201,7 +206,8 @@ def _redistil(conversion: Conversion, home: Path, layer: int) -> None:
         unit = probe.unit(place.first, place.stop)
         values += checked(probe.name, unit, student, State("redistilled", layer))["kl"]
     if conversion.team.leads:
-        write_json(path, {"kl": values, "train_kl": result.last_loss, "tokens": result.tokens + sum(probe.sizes)})
+        tokens = result.tokens + sum(probe.sizes)
+        write_json(path, {"kl": values, "train_kl": result.last_loss, "tokens": tokens, "seconds": result.seconds})
         shutil.rmtree(working)  # a whole model and its optimiser's moments
     conversion.team.wait()
 
@@ -236,8 +242,8 @@ def _trained(conversion: Conversion, layer: int, folder: Path) -> tuple[Any, Any
     return student, loop.run()
 
 
-def _collect_redistilled(conversion: Conversion, folder: Path) -> tuple[list[Changed], int]:
-    """(one entry a layer, tokens trained and measured)."""
+def _collect_redistilled(conversion: Conversion, folder: Path) -> tuple[list[Changed], int, float]:
+    """(one entry a layer, tokens trained and measured, seconds of training)."""
     home = _redistilled_folder(conversion, folder)
     found = [read_json(home / f"layer-{layer}.json") for layer in range(conversion.layers)]
     entries = []
@@ -246,4 +252,4 @@ def _collect_redistilled(conversion: Conversion, folder: Path) -> tuple[list[Cha
         scores = means(samples)
         scores[TEXT[0]]["train_kl"] = answer["train_kl"]
         entries.append(Changed(layer=layer, scores=scores, samples=samples))
-    return entries, sum(answer["tokens"] for answer in found)
+    return entries, sum(answer["tokens"] for answer in found), sum(answer["seconds"] for answer in found)

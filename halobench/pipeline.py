@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from halobench.surgery.objective import Objective
     from halobench.surgery.plan import SurgeryPlan
     from halobench.surgery.planted import Mixture
-    from halobench.surgery.selection import Ranking, Selector
+    from halobench.surgery.selection import Question, Ranking, Selector
 
 
 class Conversion:
@@ -203,7 +204,14 @@ class Conversion:
                 self._tell(f"select: {selector.label} costs about {format_count(selector.price(cost))} tokens")
         keep = len(self.given) if self.given else self.recipe.kept_count(self.layers)
         asked = question(self, needs, keep, self.given)
-        return [selector.rank(asked) for selector in selectors]
+        return [self._timed(selector, asked) for selector in selectors]
+
+    def _timed(self, selector: Selector, asked: Question) -> Ranking:
+        """A selector's answer, with the time it took: its own, and its share of the evidence's."""
+        started = time.monotonic()
+        answer = selector.rank(asked)
+        shared = asked.evidence.spent(selector.needs, answer.cost_tokens) if asked.evidence else 0.0
+        return replace(answer, seconds=round(time.monotonic() - started + shared, 2))
 
     def select(self) -> list[int]:
         """The kept layers by the recipe's selector."""
@@ -383,7 +391,8 @@ class Conversion:
                 choice = self.run.path / "select" / "choice.json"
                 if choice.exists():
                     found = read_json(choice)
-                    rows.append(LedgerRow(what=f"select ({found['label']})", tokens=found["cost_tokens"], seconds=0.0))
+                    name, spent = f"select ({found['label']})", (found["cost_tokens"], found["seconds"])
+                    rows.append(LedgerRow(what=name, tokens=spent[0], seconds=spent[1]))
                 continue
             note = self.run.note(stage) or self.base.note(stage)
             if note is not None:

@@ -308,7 +308,7 @@ def test_candidates_are_trained_one_by_one_and_their_last_losses_kept(desk: Desk
         folder.mkdir()
         hybrid = carrier(conversion)
         hybrid.get_output_embeddings().weight.mul_(1 + layer / 10)
-        return hybrid, SimpleNamespace(last_loss=layer / 8, tokens=640)
+        return hybrid, SimpleNamespace(last_loss=layer / 8, tokens=640, seconds=2.0)
 
     monkeypatch.setattr(gathering, "_trained", train)
     measure(desk, tmp_path, {"redistilled"}, rank=1, size=2)
@@ -319,6 +319,9 @@ def test_candidates_are_trained_one_by_one_and_their_last_losses_kept(desk: Desk
     kl = found.scores("redistilled", ["text"], "kl")
     assert kl[0] == pytest.approx(0, abs=1e-7) and (np.diff(kl) > 0).all()
     assert found.costs["redistilled"] == {"text": 4 * (640 + 3 * 64)} == {"text": 4 * (prices(desk).restore + 192)}
+    assert found.seconds["redistilled"] == {"text": 8.0} and found.seconds["replaced"]["needles"] > 0
+    assert found.spent({"redistilled"}, found.cost("redistilled", ["text"])) == 8.0
+    assert found.spent({"redistilled"}, found.cost("redistilled", ["text"]) // 2) == 4.0
     assert not list(tmp_path.glob("redistilled-*/training-*"))
 
 

@@ -130,7 +130,7 @@ class Ranking:
     layers: the kept layers, ascending, 0-based. ranking: all layers, best first. scores: one per layer, higher is kept
     first. stderr, interval: of each score (95%). membership: share of bootstrap resamples in which each layer is kept.
     stability: mean Kendall tau between the ranking and those of resamples. tied: layers on both sides of the cut that
-    the evidence cannot tell apart. cost_tokens: spent to get the scores.
+    the evidence cannot tell apart. cost_tokens, seconds: spent to get the scores.
     """
 
     method: str
@@ -144,6 +144,7 @@ class Ranking:
     stability: float | None = None
     tied: list[int] | None = None
     cost_tokens: int = 0
+    seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The form `halobench select --json` prints."""

@@ -8,6 +8,7 @@ the teacher, the error of the layer's mixer (`hidden_error`) and how far its att
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +40,7 @@ class Evidence:
 
     original: the teacher. replaced: the teacher with one layer replaced by its aligned mixer. linear: the student with
     every layer replaced. restored: that student with softmax given back in one layer. redistilled: the same, after
-    training it by KL. costs: tokens by part ("replaced", "restored", "redistilled") and task, base models included.
+    training it by KL. costs, seconds: by part ("replaced", "restored", "redistilled") and task, base models included.
     layer_forwards: token-layers computed ("run"), and what one model after another would have taken ("one_by_one").
     """
 
@@ -58,6 +59,7 @@ class Evidence:
     restored: list[Changed] = field(default_factory=list)
     redistilled: list[Changed] = field(default_factory=list)
     costs: dict[str, dict[str, int]] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
     layer_forwards: dict[str, int] = field(default_factory=dict)
     released_attention_layers: list[int] | None = None
     source: str = ""
@@ -149,6 +151,13 @@ class Evidence:
             means.append(np.array([start, *rows], dtype=float) @ times.T / size)
         mean = np.mean(means, axis=0)
         return mean[1:].T, mean[0]
+
+    def spent(self, needs: Collection[str], tokens: int) -> float:
+        """Seconds that `tokens` of what was measured for these needs took, at the mean speed of those measurements."""
+        parts = [part for part in self.costs if part in needs]
+        total = sum(sum(self.costs[part].values()) for part in parts)
+        taken = sum(sum(self.seconds.get(part, {}).values()) for part in parts)
+        return taken * min(1.0, tokens / total) if total else 0.0
 
     def cost(self, part: str, tasks: list[str]) -> int:
         """Tokens spent on `tasks` in one part of the evidence; 0 for scores that do not say."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,13 +137,14 @@ class Found:
     """One part of a sweep, complete.
 
     tokens: by task, read by the base and all changed models; that the teacher reads a text too, for what others are
-    compared to, is in the meter alone.
+    compared to, is in the meter alone. seconds: by task, summed over processes.
     """
 
     base: Scores
     base_samples: Samples
     entries: list[Changed]
     tokens: dict[str, int]
+    seconds: dict[str, float]
     meter: Meter
 
 
@@ -180,24 +182,30 @@ class Sweep:
         total = sum(place.tokens * (models + _sees_teacher(part, place.probe)) for part, place in missing)
         with Progress("sweep", total, every=10.0) as progress:
             for part, place in missing:
+                started = time.monotonic()
                 rows, meter = self._fitting(part, place, progress)
                 answer = {"rows": rows, "tokens": place.tokens * models, "meter": vars(meter)}
+                answer["seconds"] = round(time.monotonic() - started, 3)
                 write_json(self._file(part, place), answer)
 
     def collect(self, part: SweptPart) -> Found:
         """A part whose units are all there."""
         rows: list[Samples] = [{} for _ in range(len(self.layers) + 1)]
         tokens: dict[str, int] = {}
+        seconds: dict[str, float] = {}
         meter = Meter()
         for place in self.places[part]:
             found, task = read_json(self._file(part, place)), place.probe.name
             tokens[task] = tokens.get(task, 0) + found["tokens"]
+            seconds[task] = seconds.get(task, 0.0) + found["seconds"]
             meter.run += found["meter"]["run"]
             meter.one_by_one += found["meter"]["one_by_one"]
             for row, values in zip(rows, found["rows"], strict=True):
                 extend(row.setdefault(task, {}), values)
         entries = [Changed(layer=i, scores=means(row), samples=row) for i, row in enumerate(rows[1:])]
-        return Found(base=means(rows[0]), base_samples=rows[0], entries=entries, tokens=tokens, meter=meter)
+        return Found(
+            base=means(rows[0]), base_samples=rows[0], entries=entries, tokens=tokens, seconds=seconds, meter=meter
+        )
 
     def _file(self, part: SweptPart, place: Place) -> Path:
         return self.folder / part / f"{place.probe.name}-{place.first}-{place.stop}.json"
