@@ -1,4 +1,4 @@
-"""The whole story on the embedded teacher: one alignment, five ways to choose, conversions side by side, a report."""
+"""The whole story on the embedded teacher: one alignment, four ways to choose, conversions side by side, a report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from halobench.pipeline import Conversion
     from halobench.surgery.selection import Ranking
 
-METHODS = ["halo", "kl-ls", "jet-nemotron", "joint", "even"]
+METHODS = ["halo", "jet-nemotron", "joint", "even"]
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # to sixteen times the teacher's training length
 CONTEXTS = [512, 4096]
 REQUEST = EvalRequest(suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 160), ("niah", 12), ("ppl", 8)))

@@ -16,7 +16,7 @@ def demo(
     workers: Annotated[int | None, typer.Option(help="Conversions side by side; one per core by default.")] = None,
     set_: options.Sets = None,
 ) -> None:
-    """Convert `tiny` with five ways to choose layers, evaluate all beside the teacher, profile, and report."""
+    """Convert `tiny` with four ways to choose layers, evaluate all beside the teacher, profile, and report."""
     from halobench.demo import run_demo
     from halobench.recipe import load_recipe
 
