@@ -40,7 +40,6 @@ families: $(TEST_STAMP)
 # Rewrites the generated sections of README.md and docs/demo from the committed records.
 docs: $(STAMP)
 	$(VENV)/bin/halobench report benchmarks/demo -o docs/demo
-	$(VENV)/bin/halobench report benchmarks/oracle -o docs/oracle
 	$(VENV)/bin/python -m halobench.documents
 
 # torch goes first and alone: an open range would pull gigabytes of CUDA packages onto a machine without a GPU.

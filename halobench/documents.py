@@ -18,7 +18,6 @@ RECORDS = ROOT / "benchmarks" / "demo"
 DOCS = ROOT / "docs"
 MEASURED = ROOT / "benchmarks" / "surgery"
 FAMILIES_RECORD = ROOT / "benchmarks" / "families.json"
-ORACLES = ROOT / "benchmarks" / "oracle"
 TEACHER_RECORDS = ROOT / "benchmarks" / "teacher"
 ROOMS = ("halobench", "surgery", "mixers", "kernels", "tasks", "reports")
 
@@ -51,13 +50,6 @@ def leaderboard() -> str:
     from halobench.reports.leaderboard import short_leaderboard
 
     return short_leaderboard(find_records(RECORDS))
-
-
-def oracle() -> str:
-    """What the committed oracles say of the selectors."""
-    from halobench.reports.oracle_page import oracle_page
-
-    return oracle_page(find_records(ORACLES))
 
 
 def teacher_metrics() -> str:
@@ -163,7 +155,6 @@ def sections() -> list[tuple[Path, str, str]]:
         (DOCS / "mixers.md", "measured", measured()),
         (DOCS / "mixers.md", "transfer", transfer()),
         (DOCS / "extending.md", "laws", laws()),
-        (DOCS / "oracle.md", "oracle", oracle()),
     ]
 
 
