@@ -261,7 +261,7 @@ class Conversion:
         return self._note("distil", before.hash, model_hash(folder), result, {"kept": list(plan.kept)})
 
     def finetune(self) -> StageNote:
-        """The student, trained on longer text without the teacher."""
+        """The student, trained on longer text without the teacher; a budget of 0 leaves it as distillation made it."""
         from halobench.surgery.checkpoint import save_model
         from halobench.surgery.stages.language import LanguageModelling
 
@@ -269,6 +269,9 @@ class Conversion:
         if done is not None:
             return done
         before = self.distil()
+        if self.recipe.finetune.tokens == 0:
+            places = {"sequences": before.sequences, "position": before.position}
+            return self._note_of("finetune", before.hash, before.hash, 0, 0.0, {}, **places)
         student = self._student("distil", before).float().train().requires_grad_(True)
         result = self._train("finetune", LanguageModelling(student, "finetune"), self.recipe.finetune, before)
         folder = self.run.path / "finetune" / "model"
@@ -289,7 +292,7 @@ class Conversion:
         if done.exists():
             return from_dict(ModelCard, read_json(done), str(done))
         before = self.finetune()
-        student = self._student("finetune", before).eval()
+        student = self._student("finetune" if before.tokens else "distil", before).eval()
         scale, losses, seconds, tokens = None, {}, 0.0, 0
         if self.recipe.scale is not None and self.recipe.hype and self.plan().kept:
             found = search_scale(student, self.data(self.recipe.finetune), self.recipe.scale, self.device)
@@ -416,7 +419,7 @@ class Conversion:
             selectors=choice["selectors"],
             kept=list(plan.kept),
             positions=positions,
-            trained_length=max(self.recipe.finetune.lengths),
+            trained_length=max((self.recipe.finetune if self.recipe.finetune.tokens else self.recipe.distil).lengths),
             ledger=self.ledger(),
         )
 

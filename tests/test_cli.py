@@ -100,6 +100,15 @@ def test_a_llama_folder_becomes_a_hybrid_that_transformers_loads(converted: Path
     assert all(row["tokens"] > 0 and row["seconds"] > 0 for row in card["ledger"])
 
 
+def test_a_stage_without_a_budget_is_passed_over(place: Path, llama: Path, converted: Path) -> None:
+    more = sets([*SMALL, "finetune.tokens=0", "scale=null"])
+    run(place, "convert", llama, "-o", "short", "--layers", "1,2", "--aligned", "run", *more)
+    card = json.loads((place / "short" / "model" / "halobench.json").read_text())
+    assert card["trained_length"] == 128
+    distilled, finished = (load_file(place / "short" / d / "model.safetensors") for d in ("distil/model", "model"))
+    assert all(torch.equal(distilled[name], finished[name]) for name in distilled)
+
+
 def test_every_stage_names_the_weights_it_came_from(converted: Path) -> None:
     notes = {s: json.loads((converted / s / "stage.json").read_text()) for s in ("align", "distil", "finetune")}
     assert notes["distil"]["came_from"] == notes["align"]["hash"]
