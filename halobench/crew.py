@@ -8,10 +8,12 @@ import socket
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from types import TracebackType
 from typing import Any
 
+from halobench.errors import HalobenchError, UserError
 from halobench.progress import say
 
 
@@ -19,9 +21,12 @@ class Crew:
     """Processes of one thread that take jobs. Ctrl-C reaches the parent alone, which asks them to save and stop."""
 
     def __init__(self, size: int) -> None:
+        if size < 1:
+            raise UserError(f"--workers {size} leaves nobody to do the work; give 1 or more")
         self.size = size
 
     def __enter__(self) -> Crew:
+        self._threads = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
         self._pool = ProcessPoolExecutor(self.size, mp_context=get_context("spawn"), initializer=_start_worker)
         return self
@@ -29,7 +34,9 @@ class Crew:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        del os.environ["OMP_NUM_THREADS"]
+        os.environ.pop("OMP_NUM_THREADS")
+        if self._threads is not None:
+            os.environ["OMP_NUM_THREADS"] = self._threads
         if kind is not None:
             for process in list((self._pool._processes or {}).values()):
                 process.terminate()
@@ -38,7 +45,13 @@ class Crew:
     def do(self, jobs: list[tuple[Any, ...]]) -> None:
         """Runs jobs (a function and its arguments each) and says what each has to say; the first failure ends all."""
         for future in as_completed([self._pool.submit(*job) for job in jobs]):
-            said = future.result()
+            try:
+                said = future.result()
+            except BrokenProcessPool as error:
+                raise HalobenchError(
+                    "a worker process was ended from outside, most often for lack of memory; use fewer --workers, and "
+                    "run again to resume"
+                ) from error
             if said:
                 say(said)
 

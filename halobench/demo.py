@@ -46,7 +46,7 @@ def run_demo(folder: Path, recipe: Recipe, workers: int | None) -> Path:
     from halobench.reports import write_report
 
     started = time.monotonic()
-    ground = Ground(teacher="tiny", recipe=recipe, folder=folder / "base")
+    ground = Ground(teacher="tiny", recipe=recipe, folder=folder / "base", device="cpu")
     base = ground.open()
     say(f"teacher: tiny, {base.layers} layers, {card_of('tiny', base.teacher).parameters:,} parameters")
     with Crew(workers or max(1, len(os.sched_getaffinity(0)))) as crew:

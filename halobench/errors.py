@@ -15,6 +15,10 @@ class HalobenchError(Exception):
     exit_code = 1
 
 
+class DivergedError(HalobenchError):
+    """Training went to numbers that are not finite: a result of the recipe, and no fault of the machine."""
+
+
 class UserError(HalobenchError):
     """The request cannot be carried out as given. Exit code 2: nothing was started."""
 

@@ -197,6 +197,7 @@ def _redistil(conversion: Conversion, home: Path, layer: int) -> None:
     """Trains the student with softmax in `layer` alone, and measures its KL to the teacher on held-out text."""
     path, working = home / f"layer-{layer}.json", home / f"training-{layer}"
     if path.exists():
+        shutil.rmtree(working, ignore_errors=True)  # left by a run that was killed right here
         return
     student, result = _trained(conversion, layer, working)
     student.eval()
@@ -208,7 +209,7 @@ def _redistil(conversion: Conversion, home: Path, layer: int) -> None:
     if conversion.team.leads:
         tokens = result.tokens + sum(probe.sizes)
         write_json(path, {"kl": values, "train_kl": result.last_loss, "tokens": tokens, "seconds": result.seconds})
-        shutil.rmtree(working)  # a whole model and its optimiser's moments
+        shutil.rmtree(working, ignore_errors=True)  # a whole model and its optimiser's moments
     conversion.team.wait()
 
 
@@ -217,6 +218,8 @@ def _trained(conversion: Conversion, layer: int, folder: Path) -> tuple[Any, Any
 
     Positions stay as in the teacher.
     """
+    import torch
+
     from halobench.surgery import SurgeryPlan, transplant
     from halobench.surgery.loop import Loop
     from halobench.surgery.stages.distil import Distillation
@@ -225,9 +228,15 @@ def _trained(conversion: Conversion, layer: int, folder: Path) -> tuple[Any, Any
     plan = SurgeryPlan.for_model(
         conversion.teacher, mixer=recipe.mixer, keep=[layer], hype=False, mixer_options=recipe.mixer_options
     )
-    student: Any = transplant(conversion.teacher, plan, conversion.mixers())
+    student: Any = transplant(conversion.teacher, plan, conversion.mixers(torch.float32))
     student.to(conversion.device).float().train().requires_grad_(True)
-    objective = Distillation(student, conversion.teacher, f"restore {layer}")
+    objective = Distillation(
+        student,
+        conversion.teacher,
+        f"restore {layer}",
+        temperature=recipe.distil.temperature,
+        ce_share=recipe.distil.ce_share,
+    )
     before = conversion.align()
     loop = Loop(
         folder,

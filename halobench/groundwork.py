@@ -22,13 +22,7 @@ class Ground:
     teacher: str
     recipe: Recipe
     folder: Path
-
-    @property
-    def device(self) -> str:
-        """Where it runs: a GPU if there is one."""
-        from halobench.models import default_device
-
-        return default_device()
+    device: str
 
     def open(self) -> Conversion:
         """The run as a conversion."""
@@ -41,8 +35,9 @@ def prepare(ground: Ground, crew: Crew, methods: Sequence[str]) -> None:
     """Aligns, and measures what these selectors read, where it is missing."""
     base = ground.open()
     if base.run.note("align") is None:
+        size = crew.size if ground.device == "cpu" else 1  # processes that train together need a GPU each
         port = free_port()
-        crew.do([(_align, ground, rank, crew.size, port) for rank in range(crew.size)])
+        crew.do([(_align, ground, rank, size, port) for rank in range(size)])
     needs = tuple({need for selector in base.selectors(methods) for need in selector.needs} - {"workbench"})
     if needs:
         crew.do([(_measure, ground, needs, rank, crew.size) for rank in range(crew.size)])

@@ -19,13 +19,17 @@ import numpy as np
 
 from halobench.config import from_dict, to_dict
 from halobench.crew import Crew
-from halobench.errors import HalobenchError, UserError
+from halobench.errors import DivergedError, UserError
 from halobench.files import read_json, write_json
 from halobench.groundwork import Ground, prepare
+from halobench.models import default_device
+from halobench.planning import teacher_config
 from halobench.progress import label_lines, say
+from halobench.provenance import versions
 from halobench.recipe import Recipe
 from halobench.records import Metric, RunRecord
 from halobench.surgery.selection import Ranking
+from halobench.surgery.selection.sweep import sweep_folder
 
 if TYPE_CHECKING:
     from halobench.pipeline import Conversion
@@ -48,6 +52,14 @@ class OracleSettings:
     haystacks: int = 12
     text_limit: int = 8
     most: int = 500
+
+    def __post_init__(self) -> None:
+        if self.judges < 2 or self.leaders < 0 or min(self.haystacks, self.text_limit, self.most) < 1:
+            raise UserError(
+                f"the oracle was given judges={self.judges}, leaders={self.leaders}, haystacks={self.haystacks}, "
+                f"most={self.most}; judges must be 2 or more (their spread is the noise), leaders not negative, the "
+                "others 1 or more"
+            )
 
     def sets(self, layers: int) -> list[tuple[int, ...]]:
         """Every set of `keep` of `layers` layers; UserError when they are too many to convert."""
@@ -80,9 +92,10 @@ def run_oracle(
 ) -> Path:
     """Converts and measures everything, resuming what is there; returns the path of the record."""
     recipe = replace(recipe, keep=settings.keep)
-    ground = Ground(teacher=teacher, recipe=recipe, folder=folder / "base")
+    sets = settings.sets(teacher_config(teacher).num_hidden_layers)
+    ground = Ground(teacher=teacher, recipe=recipe, folder=folder / "base", device=default_device())
     base = ground.open()
-    sets = settings.sets(base.layers)
+    cells = _cells(folder, settings)
     with Crew(workers or max(1, len(os.sched_getaffinity(0)))) as crew:
         prepare(ground, crew, methods)
         crew.do([(_rank, ground, folder, method) for method in methods if not _ranking(folder, method).exists()])
@@ -91,11 +104,11 @@ def run_oracle(
         say(f"oracle: {len(sets)} sets of {settings.keep} of {base.layers} layers, {len(chosen)} of them chosen")
         rest = [kept for kept in sets if kept not in chosen]
         np.random.default_rng(0).shuffle(rest)  # what is done first is a fair sample of all
-        _convert(crew, ground, settings, folder, [Cell(tuple(kept), 0) for kept in [*chosen, *rest]])
-        judged = sorted({*chosen, *_leaders(folder, sets, settings.leaders)})
+        _convert(crew, ground, settings, cells, [Cell(tuple(kept), 0) for kept in [*chosen, *rest]])
+        judged = sorted({*chosen, *_leaders(cells, sets, settings.leaders)})
         say(f"oracle: {len(judged)} sets are judged with {settings.judges} more seeds")
         seeds = range(1, settings.judges + 1)
-        _convert(crew, ground, settings, folder, [Cell(kept, seed) for seed in seeds for kept in judged])
+        _convert(crew, ground, settings, cells, [Cell(kept, seed) for seed in seeds for kept in judged])
     return write_record(base, rankings, settings, folder)
 
 
@@ -116,7 +129,7 @@ def write_record(base: Conversion, rankings: Sequence[Ranking], settings: Oracle
     from halobench.models import card_of
     from halobench.surgery.selection.uncertainty import agreement
 
-    cells = read_cells(folder)
+    cells = [cell for cell in read_cells(folder, settings) if cell["seed"] <= settings.judges]
     record = RunRecord(
         kind="oracle",
         model=card_of(base.teacher_name, base.teacher),
@@ -137,9 +150,15 @@ def write_record(base: Conversion, rankings: Sequence[Ranking], settings: Oracle
     return record.save(folder / "oracle.record.json")
 
 
-def read_cells(folder: Path) -> list[dict[str, Any]]:
+def _cells(folder: Path, settings: OracleSettings) -> Path:
+    """Where finished conversions are kept; measured in another way they have another place."""
+    measured = {name: to_dict(getattr(settings, name)) for name in ("lengths", "haystacks", "text_limit")}
+    return sweep_folder(folder, "cells", {**measured, "halobench": versions()["halobench"]})
+
+
+def read_cells(folder: Path, settings: OracleSettings) -> list[dict[str, Any]]:
     """The finished conversions, in the order of their sets and seeds."""
-    cells = [read_json(path) for path in (folder / "cells").glob("*.json")]
+    cells = [read_json(path) for path in _cells(folder, settings).glob("*-s*.json")]
     return sorted(cells, key=lambda cell: (cell["seed"], cell["kept"]))
 
 
@@ -149,7 +168,7 @@ def _convert(crew: Crew, ground: Ground, settings: OracleSettings, folder: Path,
 
 
 def _file(folder: Path, cell: Cell) -> Path:
-    return folder / "cells" / f"{cell.name}.json"
+    return folder / f"{cell.name}.json"
 
 
 def _convert_one(ground: Ground, settings: OracleSettings, folder: Path, cell: Cell) -> str:
@@ -180,9 +199,7 @@ def _convert_one(ground: Ground, settings: OracleSettings, folder: Path, cell: C
         record = evaluate_model(str(run), run / "eval", request, conversion.device)
         row |= {"ledger": [to_dict(line) for line in record.model.ledger], "metrics": _brief(record.metrics, settings)}
         said = _headline(cell, record.metrics)
-    except UserError:
-        raise
-    except HalobenchError as error:  # a conversion that diverges is a result
+    except DivergedError as error:  # a conversion that diverges is a result
         row |= {"error": str(error), "metrics": []}
         said = f"{cell.name}: {error}"
     write_json(_file(folder, cell), row)

@@ -21,6 +21,8 @@ from halobench.run import RunFolder, StageNote
 from halobench.units import format_count
 
 if TYPE_CHECKING:
+    import torch
+
     from halobench.mixers.contract import Mixer
     from halobench.surgery.corpus import TextSource
     from halobench.surgery.loop import LoopConfig, StageResult
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from halobench.surgery.plan import SurgeryPlan
     from halobench.surgery.planted import Mixture
     from halobench.surgery.selection import Question, Ranking, Selector
+    from halobench.surgery.stages.align import Alignment
 
 
 class Conversion:
@@ -62,8 +65,8 @@ class Conversion:
         where = Path(resolve(teacher))
         self.teacher_hash = model_hash(where) if where.is_dir() else teacher
         identity = {"teacher": self.teacher_hash, "recipe": to_dict(recipe), "layers": list(given) if given else None}
+        self.team = Team.join(device)  # first, for it chooses this process's device
         self._check()
-        self.team = Team.join(device)
         if self.team.leads:
             RunFolder(folder, identity, teacher)
         self.team.wait()
@@ -84,7 +87,7 @@ class Conversion:
         source_files(self.recipe.data)
 
     def _aligned_run(self, path: Path, identity: dict[str, Any]) -> RunFolder:
-        if not (path / "run.json").exists():
+        if not (path / "run.json").exists() or not (path / "align" / "stage.json").exists():
             raise UserError(f"--aligned {path} is not a run; give the folder of a run that has finished `align`")
         there = read_json(path / "run.json")["identity"]
         for field in ("mixer", "mixer_options", "align"):
@@ -152,6 +155,7 @@ class Conversion:
         if self.team.leads:
             save_mixers(folder, mixers)
         self.team.wait()
+        self._measure_alignment(objective)
         errors = {str(layer): round(error, 5) for layer, error in objective.layer_errors.items()}
         worst = max(errors, key=lambda k: errors[k])
         self._tell(
@@ -159,6 +163,16 @@ class Conversion:
             f"{errors[worst]:.3f}"
         )
         return self._note("align", self.teacher_hash, model_hash(folder), result, {"relative_error": errors})
+
+    def _measure_alignment(self, objective: Alignment) -> None:
+        """Leaves each layer's error on one held-out sequence in the objective, also where training was over before."""
+        import torch
+
+        config = self.recipe.align
+        sequence = self.data(config).held_out(0, max(config.lengths) + 1)
+        tokens = torch.from_numpy(sequence.tokens)[None].to(self.device)
+        with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            objective.loss(tokens, torch.ones_like(tokens))
 
     def _prepare(self) -> None:
         """Before anything trains: the text is enough, and a student with nothing replaced is the teacher."""
@@ -176,12 +190,12 @@ class Conversion:
         sequence = self.data(self.recipe.align).held_out(0, min(64, min(self.recipe.align.lengths)))
         check_identity(self.teacher, torch.from_numpy(sequence.tokens)[None].to(self.device))
 
-    def mixers(self) -> dict[int, Mixer]:
-        """The aligned mixers."""
+    def mixers(self, dtype: torch.dtype | None = None) -> dict[int, Mixer]:
+        """The aligned mixers, by default in the teacher's dtype."""
         from halobench.surgery.checkpoint import load_mixers
 
         self.align()
-        found = load_mixers(self.base.path / "align" / "mixers", self.teacher)
+        found = load_mixers(self.base.path / "align" / "mixers", self.teacher, dtype)
         return {layer: mixer.to(self.device).eval() for layer, mixer in found.items()}
 
     # Selection --------------------------------------------------------------------------------------------------------
@@ -204,12 +218,14 @@ class Conversion:
                 self._tell(f"select: {selector.label} costs about {format_count(selector.price(cost))} tokens")
         keep = len(self.given) if self.given else self.recipe.kept_count(self.layers)
         asked = question(self, needs, keep, self.given)
-        return [self._timed(selector, asked) for selector in selectors]
+        return [self.timed(selector, asked) for selector in selectors]
 
-    def _timed(self, selector: Selector, asked: Question) -> Ranking:
+    def timed(self, selector: Selector, asked: Question) -> Ranking:
         """A selector's answer, with the time it took: its own, and its share of the evidence's."""
         started = time.monotonic()
         answer = selector.rank(asked)
+        if len(set(answer.layers)) != asked.keep:
+            raise HalobenchError(f"{selector.name} kept {answer.layers}; {asked.keep} different layers were asked for")
         shared = asked.evidence.spent(selector.needs, answer.cost_tokens) if asked.evidence else 0.0
         return replace(answer, seconds=round(time.monotonic() - started + shared, 2))
 
@@ -246,7 +262,7 @@ class Conversion:
         before = self.align()
         plan = self.plan()
         torch.manual_seed(self.recipe.seed)  # of the new weights
-        student: Any = transplant(self.teacher, plan, self.mixers())
+        student: Any = transplant(self.teacher, plan, self.mixers(torch.float32))
         student.to(self.device).float().train().requires_grad_(True)
         config = self.recipe.distil
         objective = Distillation(student, self.teacher, temperature=config.temperature, ce_share=config.ce_share)
@@ -304,8 +320,8 @@ class Conversion:
         folder = self.run.path / "model"
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
-            write_json(folder / CARD, to_dict(card))
             self._record(card, losses, backends_of(student))
+            write_json(folder / CARD, to_dict(card))
         self.team.wait()
         self._tell(f"done: {folder}")
         return card

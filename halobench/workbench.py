@@ -68,7 +68,7 @@ class Bench:
     def __init__(self, conversion: Conversion, folder: Path) -> None:
         self.conversion, self.folder = conversion, folder
         self.layers, self.device, self.seed = conversion.layers, conversion.device, conversion.recipe.seed
-        self.prompt = conversion.recipe.selection.length
+        self.prompt, self.hype = conversion.recipe.selection.length, conversion.recipe.hype
         self.teacher: Any = conversion.teacher
         self.mixers: dict[int, Mixer] = {i: m.requires_grad_(False) for i, m in conversion.mixers().items()}
         self._foreign: dict[int, tuple[Mixer, list[int], str]] = {}

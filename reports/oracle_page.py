@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from halobench.errors import HalobenchError
 from halobench.records import RunRecord
 from halobench.reports.comparison import holm
 from halobench.reports.regret import ACCURACY, GOALS, Goal, Oracle, Set
@@ -28,7 +29,13 @@ class Study:
     def methods(self) -> list[str]:
         """Selectors that every teacher has, in the records' order."""
         first = self.oracles[0].methods
-        return [name for name in first if all(name in oracle.methods for oracle in self.oracles)]
+        return [name for name in first if all(o.chosen(name) in o.judged for o in self.oracles)]
+
+    @property
+    def unjudged(self) -> list[str]:
+        """Selectors with a choice of which no conversion ended well."""
+        everyone = {name: None for oracle in self.oracles for name in oracle.methods}
+        return [name for name in everyone if name not in self.methods]
 
     def label(self, method: str) -> str:
         """What people call the selector."""
@@ -36,15 +43,11 @@ class Study:
 
     def chosen(self, method: str) -> list[Set]:
         """Its set for each teacher."""
-        return [tuple(oracle.methods[method]["layers"]) for oracle in self.oracles]
+        return [kept for oracle in self.oracles if (kept := oracle.chosen(method)) is not None]
 
     def regrets(self, method: str) -> np.ndarray:
         """Resampled regret, mean over the teachers, in the goal's unit."""
-        drawn = [
-            oracle.drawn[oracle.best] - oracle.drawn[kept]
-            for oracle, kept in zip(self.oracles, self.chosen(method), strict=True)
-        ]
-        return np.mean(drawn, axis=0)
+        return np.mean([o.lost(kept) for o, kept in zip(self.oracles, self.chosen(method), strict=True)], axis=0)
 
     def regret(self, method: str) -> float:
         """Regret, mean over the teachers."""
@@ -53,12 +56,14 @@ class Study:
 
     def chance(self) -> float:
         """What a random choice loses, mean over the teachers."""
-        return float(np.mean([np.mean(o.values(o.best)) - o.chance for o in self.oracles]))
+        return float(np.mean([o.top - o.chance for o in self.oracles]))
 
 
 def oracle_page(records: Sequence[RunRecord]) -> str:
     """The whole page, as Markdown, from the oracles' records of one or more teachers."""
     studies = [Study(goal, [Oracle(record, goal) for record in records]) for goal in GOALS]
+    if len({(o.keep, o.layers, str(o.record.settings["oracle"])) for o in studies[0].oracles}) > 1:
+        raise HalobenchError("these oracles differ in layers, kept layers or settings; report each by itself")
     parts = [_opening(studies[0]), "## Selectors\n\n" + _selectors(studies), "## What is real\n\n" + _real(studies)]
     parts += ["## By teacher\n\n" + "\n\n".join(_teacher(studies, place) for place in range(len(records)))]
     parts += ["## Agreement\n\n" + _agreement(studies[0])]
@@ -110,7 +115,8 @@ def _selectors(studies: Sequence[Study]) -> str:
     header = ["selector", "kept, by teacher", "regret (nats an answer)", "share of chance", "regret (needles found)",
               "regret (bits per byte)", "stability", "tokens"]  # fmt: skip
     return render(header, rows, text_columns=2) + (
-        "\nRegret: what the choice lost against the best judged set, mean over teachers; 0 is the oracle's own choice. "
+        "\nRegret: what the choice lost against the best judged set, mean over teachers; each seed's best set is "
+        "chosen by the other seeds, so that luck does not make it look better than it is; a regret may fall below 0. "
         "Share of chance: 1 is no better than drawing layers at random. Stability: mean Kendall tau between the "
         "ranking and those of resampled evidence. Tokens: what the selection cost."
     )
@@ -135,6 +141,8 @@ def _real(studies: Sequence[Study]) -> str:
         f"- **{escape(study.label(name))}** loses less than {', '.join(ahead[name])}."
         for name in sorted(ahead, key=study.regret)
     ]
+    if study.unjudged:
+        lines.append(f"- Left out, for a choice of theirs was not judged: {', '.join(map(escape, study.unjudged))}.")
     lines += ["- Every other difference between selectors is within noise."]
     if same:
         lines.append(f"- The same sets for every teacher: {'; '.join(same)}.")

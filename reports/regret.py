@@ -7,6 +7,7 @@ with the spread between seeds, pooled over the judged sets, over the root of the
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -52,18 +53,14 @@ GOALS = (RECALL, ACCURACY, TEXT)
 
 @dataclass(frozen=True)
 class Regret:
-    """What a choice lost: value (0 is the oracle's own choice), its 95% interval, and how it stands to chance.
+    """What a choice lost: value (about 0 for the best; luck can make it negative), and its 95% interval.
 
-    share: of what a random choice loses on average (1 is no better than chance); its interval. best: share of
-    resamples in which no judged set is better.
+    best: share of resamples in which no judged set is better.
     """
 
     value: float
     low: float
     high: float
-    share: float
-    share_low: float
-    share_high: float
     best: float
 
 
@@ -82,6 +79,10 @@ class Oracle:
         cells = found["cells"]
         self.failed = [c for c in cells if "error" in c]
         self._cells = {(tuple(c["kept"]), int(c["seed"])): c["metrics"] for c in cells if "error" not in c}
+
+    def chosen(self, method: str) -> Set | None:
+        """The set a selector chose; None for one that this study did not ask."""
+        return tuple(self.methods[method]["layers"]) if method in self.methods else None
 
     @cached_property
     def screened(self) -> dict[Set, float]:
@@ -108,12 +109,30 @@ class Oracle:
     def noise(self) -> float:
         """Standard deviation between seeds of one set, pooled over the judged sets; in the goal's unit."""
         spreads = [np.var(self.values(kept), ddof=1) for kept, runs in self.judged.items() if len(runs) > 1]
-        return float(np.sqrt(np.mean(spreads))) if spreads else 0.0
+        if not spreads:
+            raise HalobenchError(
+                f"every set of {clean(self.teacher)} was judged by one seed, so the noise of training is not known; "
+                "use --judges 2 or more"
+            )
+        return float(np.sqrt(np.mean(spreads)))
 
     @cached_property
     def best(self) -> Set:
         """The judged set with the highest mean."""
         return max(self.judged, key=lambda kept: float(np.mean(self.values(kept))))
+
+    @cached_property
+    def top(self) -> float:
+        """What the best set is worth: its value with each seed, the set being chosen by the other seeds.
+
+        The highest of several noisy means is too high by luck; a set that one seed did not help to choose is not.
+        """
+        most = max(map(len, self.judged.values()))
+        values = {kept: self.values(kept) for kept, runs in self.judged.items() if len(runs) == most}
+        if most < 2:
+            return max(v[0] for v in values.values())
+        chosen = [max(values, key=lambda kept: sum(values[kept]) - values[kept][seed]) for seed in range(most)]
+        return float(np.mean([values[kept][seed] for seed, kept in enumerate(chosen)]))
 
     @cached_property
     def chance(self) -> float:
@@ -123,35 +142,32 @@ class Oracle:
     @cached_property
     def drawn(self) -> dict[Set, np.ndarray]:
         """Resampled values of the judged sets, (resamples,) each, all from the same haystacks."""
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(0)  # of the haystacks, which all teachers share
+        own = np.random.default_rng([1, zlib.crc32(f"{self.teacher} {self.record.model.hash}".encode())])
         freedom = sum(len(runs) - 1 for runs in self.judged.values())  # the spread is an estimate as well
-        spread = self.noise * np.sqrt(freedom / rng.chisquare(freedom, self.resamples)) if freedom else 0.0
+        spread = self.noise * np.sqrt(freedom / own.chisquare(freedom, self.resamples)) if freedom else 0.0
         first = next(iter(self.judged.values()))[0]
         picks = [rng.integers(len(part), size=(self.resamples, len(part))) for part in first]
         drawn = {}
         for kept, runs in self.judged.items():
             strata = [np.mean([run[i] for run in runs], axis=0) for i in range(len(first))]
             means = np.mean([part[pick].mean(-1) for part, pick in zip(strata, picks, strict=True)], axis=0)
-            drawn[kept] = means + spread * rng.normal(size=self.resamples) / np.sqrt(len(runs))
+            drawn[kept] = means + spread * own.normal(size=self.resamples) / np.sqrt(len(runs))
         return drawn
 
     def regret(self, kept: Set) -> Regret:
-        """What keeping `kept` lost; 0 with no interval for the best set itself."""
+        """What keeping `kept` lost against `top`."""
         everything = np.stack(list(self.drawn.values()))
-        lost = self.drawn[self.best] - self.drawn[kept]
-        room = float(np.mean(self.values(self.best))) - self.chance
-        value = float(np.mean(self.values(self.best)) - np.mean(self.values(kept)))
-        low, high = (float(x) for x in np.quantile(lost, [0.025, 0.975]))
-        scale = room if room > 0 else float("nan")
+        low, high = (float(x) for x in np.quantile(self.lost(kept), [0.025, 0.975]))
         return Regret(
-            value, low, high, value / scale, low / scale, high / scale,
+            self.top - float(np.mean(self.values(kept))), low, high,
             float((self.drawn[kept] >= everything.max(0)).mean()),
         )  # fmt: skip
 
-    def share_drawn(self, kept: Set) -> np.ndarray:
-        """Resampled regret as a share of what chance loses, (resamples,): comparable between teachers."""
-        room = float(np.mean(self.values(self.best))) - self.chance
-        return (self.drawn[self.best] - self.drawn[kept]) / room
+    def lost(self, kept: Set) -> np.ndarray:
+        """Resampled regret, (resamples,): against the best set, less what luck added to that set's mean."""
+        luck = float(np.mean(self.values(self.best))) - self.top
+        return self.drawn[self.best] - luck - self.drawn[kept]
 
     def screening_agrees(self) -> float:
         """Correlation over the judged sets between seed 0 and the mean of the judges."""

@@ -218,8 +218,8 @@ def save_mixers(directory: Path, mixers: Mapping[int, Mixer]) -> None:
         write_json(temporary / "mixers.json", {"format": MIXERS_FORMAT, "layers": layers})
 
 
-def load_mixers(directory: Path, teacher: PreTrainedModel) -> dict[int, Mixer]:
-    """The mixers that `save_mixers` wrote, built for `teacher` (its dtype and device).
+def load_mixers(directory: Path, teacher: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[int, Mixer]:
+    """The mixers that `save_mixers` wrote, built for `teacher`: on its device, in its dtype or another.
 
     Raises:
         UserError: the files are missing or damaged, or the mixers were made for a model of another shape.
@@ -241,6 +241,7 @@ def load_mixers(directory: Path, teacher: PreTrainedModel) -> dict[int, Mixer]:
         if index >= len(views):
             raise UserError(f"{directory} has a mixer for layer {index}; the teacher has {len(views)} layers")
         mixer = build_mixer(MIXERS.get(layer["mixer"]), views[index], layer["options"])
+        mixer = mixer if dtype is None else mixer.to(dtype)
         prefix = f"layers.{index}."
         saved = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
         _fill(mixer, saved, f"{directory}, layer {index}")

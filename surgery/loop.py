@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from halobench.config import to_dict
-from halobench.errors import HalobenchError, UserError
+from halobench.errors import DivergedError, HalobenchError, UserError
 from halobench.files import append_json_line, write_json, write_text
 from halobench.progress import Progress, say
 from halobench.surgery import gates, trackers
@@ -33,6 +33,7 @@ from halobench.surgery.planted import Sequence
 from halobench.surgery.training_state import Checkpoints, Saved, at, differences
 
 METRICS = "metrics.jsonl"
+Precision = Literal["bf16", "fp32"]
 Batch = tuple[Tensor, Tensor, float]  # tokens (B, T + 1), weights of the same shape, share (see LossModule)
 
 
@@ -53,7 +54,7 @@ class LoopConfig:
     lengths: list[int]
     optim: OptimConfig
     micro_batch_tokens: int | None = None
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     planted: float = 0.0
     gradient_checkpointing: bool = False
     save_every_seconds: float = 120.0
@@ -164,8 +165,8 @@ class Loop:
         try:
             self._train()
         finally:
-            if self.accelerator.trackers:
-                self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # end_training would dissolve the team as well
+                tracker.finish()
         self._summarise()
         self.save()
         self._unwrap()
@@ -245,7 +246,9 @@ class Loop:
         mine = [draw(place) for place in self.team.share(count)]
         per_pass = max(1, (self.config.micro_batch_tokens or count * length) // length)
         groups = [mine[i * per_pass : (i + 1) * per_pass] for i in range(self.team.passes(count, per_pass))]
-        return [self._tensors(group, 1.0) if group else self._tensors([draw(0)], 0.0) for group in groups]
+        # A pass without a share reads what is at hand: a stream is only ever read forward.
+        spare = mine[-1:] or ([] if all(groups) else [draw(0)])
+        return [self._tensors(group or spare, 1.0 if group else 0.0) for group in groups]
 
     def _tensors(self, group: list[Sequence], share: float) -> Batch:
         tokens = torch.from_numpy(np.stack([s.tokens for s in group])).to(self.device)
@@ -292,7 +295,7 @@ class Loop:
         where = next((place for place in found if place), "the loss itself: every module's output is finite")
         last = self.checkpoints.last()
         good = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
-        raise HalobenchError(
+        raise DivergedError(
             f"{self.objective.name}: numbers stopped being finite at step {self.step} (loss {loss:g}, gradient norm "
             f"{norm:g}), first in {where}; {good}. Lower the rate and begin in a new folder"
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,7 +78,7 @@ def make_accelerator(device: torch.device | str, *, idle: bool = False, **settin
         settings: more of Accelerator's own.
     """
     from accelerate import Accelerator, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     kind = torch.device(device).type
     known = PartialState() if PartialState._shared_state else None
@@ -87,7 +88,8 @@ def make_accelerator(device: torch.device | str, *, idle: bool = False, **settin
         # transformers would load weights in the first process alone, and each needs the whole teacher.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     ddp = DistributedDataParallelKwargs(find_unused_parameters=idle)
-    return Accelerator(mixed_precision="no", cpu=kind == "cpu", kwargs_handlers=[ddp], **settings)
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))  # one process tokenises or saves while others wait
+    return Accelerator(mixed_precision="no", cpu=kind == "cpu", kwargs_handlers=[ddp, patience], **settings)
 
 
 def leave() -> None:

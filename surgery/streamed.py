@@ -16,7 +16,7 @@ from halobench.surgery.windows import held_out_start
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELD_OUT_TOKENS = 262_144
+HELD_OUT_TOKENS = 1_100_000
 SHUFFLE_BUFFER = 10_000
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from halobench.errors import UserError
 
 HELD_OUT_SHARE = 0.02
-HELD_OUT_MOST = 1_000_000
+HELD_OUT_MOST = 1_100_000
 HELD_OUT_LEAST = 32_769  # a window of 32K and the token after it, where that is at most an eighth of the text
 
 

@@ -46,6 +46,7 @@ class PicoWorkbench:
 
     device = "cpu"
     prompt = 32
+    hype = True
 
     def __init__(self, folder: Path, broken: tuple[int, ...] = (2,), seed: int = 0) -> None:
         self.folder, self.seed = folder, seed

@@ -363,3 +363,18 @@ def test_kl_ls_re_distils_each_candidate_when_it_has_a_budget(place: Path, llama
     assert len({answer["train_kl"] for answer in answers}) == 4
     assert all(answer["tokens"] == 2 * 64 + 1024 for answer in answers)
     assert choice["layers"] == [min(range(4), key=lambda layer: answers[layer]["train_kl"])]
+
+
+def test_a_stage_killed_after_its_training_is_finished_by_the_same_command(place: Path, llama: Path) -> None:
+    """The last checkpoint is there, and what a finished stage leaves is not."""
+    import shutil
+
+    command = ["convert", llama, "-o", "late", "--until", "align", *sets(SMALL)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("halobench.run.RunFolder.finish", lambda *_: sys.exit(9))
+        assert run(place, *command, check=False).returncode == 9
+    shutil.rmtree(place / "late" / "align" / "mixers")
+    run(place, *command)
+    note = json.loads((place / "late" / "align" / "stage.json").read_text())
+    assert len(note["details"]["relative_error"]) == 4
+    assert not (place / "late" / "align" / "checkpoints").exists()

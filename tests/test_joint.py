@@ -20,7 +20,7 @@ LAYERS = 8
 class Table:
     """A workbench whose students are numbers: what a set recalls and what it costs in text."""
 
-    layers, prompt, seed, device = LAYERS, 100, 0, "cpu"
+    layers, prompt, seed, device, hype = LAYERS, 100, 0, "cpu", True
     teacher: Any = None
     mixers: dict = {}
     folder = Path()
@@ -77,7 +77,9 @@ def test_the_search_finds_the_best_of_all_sets_when_layers_add_up() -> None:
 
 def test_a_set_that_hurts_text_is_passed_over() -> None:
     bench = Table(together, kl=lambda kept: 2.0 if 6 in kept else 1.0)
-    assert 6 not in rank(bench).layers
+    answer = rank(bench)
+    assert answer.layers == [2, 5]
+    assert answer.membership is not None and answer.membership[6] == 0 < answer.membership[5]
     assert rank(bench, bound=1.5).layers == [2, 6]
 
 
@@ -92,6 +94,9 @@ def test_prompts_are_longer_than_the_recipes_and_positions_are_out() -> None:
     assert {length for task, _, length, _ in bench.asked if task == "needles"} == {400}
     assert {length for task, _, length, _ in bench.asked if task == "text"} == {100}
     assert all(hype for *_, hype in bench.asked)
+    bench.hype = False  # a conversion that keeps its positions is searched with them
+    rank(bench)
+    assert not bench.asked[-1][-1]
 
 
 def test_no_set_is_measured_twice_and_every_token_is_counted() -> None:
@@ -121,5 +126,5 @@ def test_options_out_of_range_are_refused(options: dict) -> None:
 
 
 def test_keeping_nothing_or_nearly_all_works() -> None:
-    assert rank(Table(together), keep=0).layers == []
+    assert rank(Table(together), keep=0).layers == rank(Table(together), keep=0, exchanges=0).layers == []
     assert len(rank(Table(together), keep=LAYERS - 1).layers) == LAYERS - 1

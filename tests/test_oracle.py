@@ -18,7 +18,8 @@ from tests.conftest import make_pico
 from tests.test_cli import SMALL, sets
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["--method=joint", "--method=even", "--judges=1", "--leaders=1", "--haystacks=1", "--workers=2"]
+QUICK = ["--method=joint", "--method=even", "--judges=2", "--leaders=1", "--haystacks=1", "--workers=2"]
+SETTINGS = OracleSettings(keep=1, judges=2, leaders=1, haystacks=1)
 BUDGET = sets([*SMALL, "distil.lengths=[256]"])
 
 
@@ -50,7 +51,7 @@ def place(tmp_path_factory, bpe) -> Path:  # type: ignore[no-untyped-def]
 
 
 def test_every_set_is_converted_and_the_chosen_ones_with_more_seeds(place: Path) -> None:
-    cells = read_cells(place / "runs" / "oracle")
+    cells = read_cells(place / "runs" / "oracle", SETTINGS)
     assert [c["kept"] for c in cells if c["seed"] == 0] == [[0], [1], [2]]
     record = read_record(place / "runs" / "oracle" / "oracle.record.json")
     methods = record.details["oracle"]["methods"]
@@ -58,11 +59,11 @@ def test_every_set_is_converted_and_the_chosen_ones_with_more_seeds(place: Path)
     judged = [c["kept"] for c in cells if c["seed"] == 1]
     assert all(entry["layers"] in judged for entry in methods.values())
     assert record.details["oracle"]["cells"] == cells
-    assert not (place / "runs" / "oracle" / "running").exists() or not list((place / "runs/oracle/running").iterdir())
+    assert not list((place / "runs" / "oracle").rglob("running/*"))  # no weights are left
 
 
 def test_conversions_with_one_seed_differ_in_their_layers_alone(place: Path) -> None:
-    cells = [c for c in read_cells(place / "runs" / "oracle") if c["seed"] == 0]
+    cells = [c for c in read_cells(place / "runs" / "oracle", SETTINGS) if c["seed"] == 0]
     assert len({json.dumps(c["metrics"]) for c in cells}) == 3
     assert len({json.dumps([(row["what"], row["tokens"]) for row in c["ledger"]]) for c in cells}) == 1
 
@@ -73,9 +74,21 @@ def test_the_page_names_both_selectors(place: Path) -> None:
 
 
 def test_a_second_start_converts_nothing_again(place: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in (place / "runs" / "oracle" / "cells").iterdir()}
+    before = {p: p.stat().st_mtime_ns for p in (place / "runs" / "oracle").glob("cells-*/*.json")}
+    assert len(before) > 5
     assert start(place).returncode == 0
-    assert {p: p.stat().st_mtime_ns for p in (place / "runs" / "oracle" / "cells").iterdir()} == before
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_conversions_measured_in_another_way_are_not_taken_for_these(place: Path) -> None:
+    other = OracleSettings(keep=1, judges=2, leaders=1, haystacks=2)
+    assert read_cells(place / "runs" / "oracle", other) == []
+
+
+@pytest.mark.parametrize("wrong", [{"judges": 1}, {"leaders": -1}, {"haystacks": 0}, {"most": 0}])
+def test_settings_that_cannot_judge_are_refused(wrong: dict) -> None:
+    with pytest.raises(UserError, match="judges must be 2 or more"):
+        OracleSettings(**{"keep": 1, **wrong})
 
 
 def test_too_many_sets_and_no_choice_are_refused() -> None:

@@ -399,7 +399,7 @@ def asked(monkeypatch, tmp_path: Path) -> list[tuple[Any, ...]]:  # type: ignore
     path = tmp_path / "evidence.json"
     path.write_text(json.dumps(scores_file()))
     recipe = SimpleNamespace(kept_count=lambda layers: 2, selector_options={"halo": {"cap": 1.5}}, seed=3)
-    conversion = SimpleNamespace(layers=LAYERS, recipe=recipe)
+    conversion = SimpleNamespace(layers=LAYERS, recipe=recipe, timed=lambda selector, asked: selector.rank(asked))
     questions: list[tuple[Any, ...]] = []
 
     def question(run: Any, needs: Any, keep: int, given: Any = None) -> Question:

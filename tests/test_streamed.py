@@ -99,7 +99,7 @@ def test_a_stream_that_ends_says_how_far_it_went(bpe: Any) -> None:
 
 
 def test_a_dataset_smaller_than_what_is_held_out_is_refused(bpe: Any) -> None:
-    with pytest.raises(UserError, match="too few to set 262,144 aside"):
+    with pytest.raises(UserError, match="too few to set 1,100,000 aside"):
         StreamedText(NAME, bpe, 0)
 
 

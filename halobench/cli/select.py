@@ -169,7 +169,7 @@ def _from_run(
         selectors = [s for s in selectors if not s.needs & {"redistilled", "workbench"}]
     asked = question(conversion, frozenset().union(*(s.needs for s in selectors)), count, given)
     asked = asked if seed is None else replace(asked, seed=seed)
-    return count, [selector.rank(asked) for selector in selectors]
+    return count, [conversion.timed(selector, asked) for selector in selectors]
 
 
 def _conversion(run: Path, device: str) -> Conversion:

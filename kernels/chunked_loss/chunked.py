@@ -84,4 +84,7 @@ def chunked_loss(
     """
     if chunk is None:
         chunk = tokens_per_chunk(max((len(p) for p in parameters), default=262_144))
+    if not torch.is_grad_enabled():  # no gradient is made that nobody asked for
+        parts = [slice(start, min(start + chunk, len(hidden_ND))) for start in range(0, len(hidden_ND), chunk)]
+        return torch.stack([chunk_loss(hidden_ND[part], part) for part in parts]).sum()
     return _ChunkedLoss.apply(chunk_loss, chunk, hidden_ND, *parameters)

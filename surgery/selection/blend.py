@@ -22,7 +22,7 @@ from halobench.mixers.contract import Mixer
 from halobench.surgery.anatomy import attention_modules, decoder_layers
 from halobench.surgery.batch import BatchFacts, read_batch
 from halobench.surgery.hybrid import MixerAdapter
-from halobench.surgery.loop import LoopConfig
+from halobench.surgery.loop import LoopConfig, Precision
 from halobench.surgery.selection.contract import Workbench
 from halobench.surgery.selection.sweep import weights_hash
 
@@ -116,7 +116,7 @@ def _name_layer(name: str, loss: float, teacher: Any, branches: Mapping[int, Bra
     )
 
 
-def precision(workbench: Workbench) -> str:
+def precision(workbench: Workbench) -> Precision:
     """Of the loop's matrix products: bf16 where weights or device are made for it."""
     half = workbench.teacher.dtype in (torch.bfloat16, torch.float16)
     return "bf16" if half or torch.device(workbench.device).type == "cuda" else "fp32"

@@ -31,7 +31,7 @@ class Workbench(Protocol):
         layers: of the teacher.
         teacher: frozen, in evaluation mode.
         mixers: the aligned mixer of each layer, frozen. `training_mixers` gives copies that may train.
-        prompt: tokens of the recipe's recall prompts.
+        prompt: tokens of the recipe's recall prompts. hype: whether the conversion takes positions out of kept layers.
         folder: where a selector may keep what it would not like to do twice.
     """
 
@@ -42,6 +42,7 @@ class Workbench(Protocol):
     folder: Path
     seed: int
     prompt: int
+    hype: bool
 
     def measure(
         self,

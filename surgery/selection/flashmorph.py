@@ -22,7 +22,7 @@ from halobench.config import to_dict
 from halobench.errors import HalobenchError, UserError
 from halobench.mixers.contract import Mixer
 from halobench.surgery.heads import final_hidden
-from halobench.surgery.loop import Loop, LoopConfig
+from halobench.surgery.loop import Loop, LoopConfig, Precision
 from halobench.surgery.objective import Objective
 from halobench.surgery.optim import OptimConfig
 from halobench.surgery.planted import ANSWER_WEIGHT
@@ -154,7 +154,7 @@ class FlashMorph:
         cost = self.runs * trained_tokens(self._config(0, "fp32"))
         return ranked(self, question, scores.mean(0), drawn, cost)
 
-    def _config(self, seed: int, kind: str) -> LoopConfig:
+    def _config(self, seed: int, kind: Precision) -> LoopConfig:
         return LoopConfig(
             tokens=self.tokens // self.runs,
             batch_tokens=self.batch_tokens,

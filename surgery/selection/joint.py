@@ -27,7 +27,7 @@ class Joint:
     samples: recall prompts each set is judged on. beyond: how many times the recipe's recall length they are.
     exchanges: passes over all exchanges after the greedy part; it ends earlier when none helps.
     bound: a set's KL to the teacher on text may exceed the all-linear student's by this share; sequences: measured on.
-    hype: take the positions out of the kept layers (False: as they are in the teacher).
+    hype: take the positions out of the kept layers; None: where the conversion will.
     """
 
     samples: int = 3
@@ -35,7 +35,7 @@ class Joint:
     exchanges: int = 1
     bound: float = 0.25
     sequences: int = 2
-    hype: bool = True
+    hype: bool | None = None
 
     name: ClassVar[str] = "joint"
     label: ClassVar[str] = "joint"
@@ -59,7 +59,7 @@ class Joint:
         """
         search = _Search(self, question.require_workbench(self.name))
         best = search.run(question.keep)
-        sets = [kept for kept in search.judged if len(kept) == len(best)]
+        sets = [kept for kept in search.judged if len(kept) == len(best) and (kept == best or search.within(kept))]
         table = np.array([search.judged[kept] for kept in sets])  # (sets, samples)
         scores = _scores(table.mean(1), sets, best, question.layers)
         picks = np.random.default_rng(question.seed).integers(self.samples, size=(RESAMPLES, self.samples))
@@ -77,6 +77,7 @@ class _Search:
 
     def __init__(self, options: Joint, bench: Workbench) -> None:
         self.options, self.bench = options, bench
+        self.hype = bench.hype if options.hype is None else options.hype
         self.judged: dict[Set, list[float]] = {}
         self.text: dict[Set, float] = {}
         self.tokens = 0
@@ -92,13 +93,20 @@ class _Search:
             if found == best:
                 break
             best = found
+        self._recall(best)
         return best
+
+    def within(self, kept: Set) -> bool:
+        """Whether text allows a set; one whose text was not measured was never passed over."""
+        return self.text.get(kept, 0.0) <= self._limit()
+
+    def _limit(self) -> float:
+        return self._kl(frozenset()) * (1 + self.options.bound)
 
     def _first_within(self, sets: Sequence[Set]) -> Set:
         """Of `sets`, the one with the best recall whose text is within the bound; the best text when none is."""
         ordered = sorted(sets, key=lambda kept: -self._recall(kept))
-        limit = self._kl(frozenset()) * (1 + self.options.bound)
-        within = (kept for kept in ordered if self._kl(kept) <= limit)
+        within = (kept for kept in ordered if self._kl(kept) <= self._limit())
         return next(within, None) or min(ordered, key=self._kl)
 
     def _recall(self, kept: Set) -> float:
@@ -106,7 +114,7 @@ class _Search:
             options = self.options
             found = self.bench.measure(
                 sorted(kept), "needles", length=options.beyond * self.bench.prompt, samples=options.samples,
-                hype=options.hype,
+                hype=self.hype,
             )  # fmt: skip
             self.judged[kept] = found.samples["answer_logprob"]
             self.tokens += found.tokens
@@ -116,7 +124,7 @@ class _Search:
         if kept not in self.text:
             options = self.options
             found = self.bench.measure(
-                sorted(kept), "text", length=self.bench.prompt, samples=options.sequences, hype=options.hype
+                sorted(kept), "text", length=self.bench.prompt, samples=options.sequences, hype=self.hype
             )
             self.text[kept] = float(np.mean(found.samples["kl"]))
             self.tokens += found.tokens

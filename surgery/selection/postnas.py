@@ -23,7 +23,7 @@ from halobench.mixers.contract import Mixer
 from halobench.progress import say
 from halobench.surgery.checkpoint import load_mixers, save_mixers
 from halobench.surgery.heads import final_hidden
-from halobench.surgery.loop import Loop, LoopConfig
+from halobench.surgery.loop import Loop, LoopConfig, Precision
 from halobench.surgery.objective import Objective
 from halobench.surgery.optim import OptimConfig
 from halobench.surgery.selection.blend import (
@@ -150,7 +150,7 @@ class PostNas:
             answer = replace(answer, label=f"{self.label} (search ended at {size} of {question.keep} layers)")
         return answer
 
-    def _config(self, seed: int, kind: str) -> LoopConfig:
+    def _config(self, seed: int, kind: Precision) -> LoopConfig:
         steps = self.tokens // self.batch_tokens
         return LoopConfig(
             tokens=self.tokens,
@@ -174,7 +174,7 @@ class PostNas:
             data = workbench.data(self.planted)
             Loop(folder / "training", objective, data, config, device=workbench.device).run()
             save_mixers(folder / "mixers", mixers)
-            shutil.rmtree(folder / "training" / CHECKPOINTS)
+            shutil.rmtree(folder / "training" / CHECKPOINTS, ignore_errors=True)
         trained = load_mixers(folder / "mixers", workbench.teacher)
         return {layer: mixer.eval().requires_grad_(False) for layer, mixer in trained.items()}
 
