@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -144,7 +144,7 @@ class Found:
     base_samples: Samples
     entries: list[Changed]
     tokens: dict[str, int]
-    seconds: dict[str, float]
+    seconds: dict[str, float] = field(compare=False)
     meter: Meter
 
 
