@@ -33,6 +33,13 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}; {hint} (allowed: {', '.join(choices) or 'none'})")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the host: torch tells in words."""
+    text = str(error).lower()
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or "can't allocate memory" in text or "out of memory" in text
+
+
 def some(names: Iterable[object], most: int = 4) -> str:
     """The first few of many, for a message: "a, b, c, d and 3 more"."""
     listed = [str(name) for name in names]

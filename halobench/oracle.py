@@ -127,7 +127,7 @@ def _rank(ground: Ground, folder: Path, method: str) -> str:
 def write_record(base: Conversion, rankings: Sequence[Ranking], settings: OracleSettings, folder: Path) -> Path:
     """Writes what has been measured so far as one record; returns its path."""
     from halobench.models import card_of
-    from halobench.surgery.selection.uncertainty import agreement
+    from halobench.surgery.selection.uncertainty import summary
 
     cells = [cell for cell in read_cells(folder, settings) if cell["seed"] <= settings.judges]
     record = RunRecord(
@@ -140,8 +140,7 @@ def write_record(base: Conversion, rankings: Sequence[Ranking], settings: Oracle
                 "keep": settings.keep,
                 "layers": base.layers,
                 "tokens": base.recipe.distil.tokens + base.recipe.finetune.tokens,
-                "methods": {r.method: r.to_json() for r in rankings},
-                "agreement": {"methods": [r.method for r in rankings], **agreement(list(rankings))},
+                **summary(list(rankings)),
                 "cells": cells,
             }
         },

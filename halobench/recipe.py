@@ -73,11 +73,11 @@ class SelectConfig:
 class ScaleConfig:
     """Search for a in s_t = log_a(t + a), the scaling of NoPE queries by position, on long held-out documents.
 
-    candidates: all are tried. lengths: in tokens; the mean over them decides. sequences: at each length. refine: how
-    many further values are tried around the best.
+    candidates: all are tried; None is no scaling. lengths: in tokens; the mean over them decides. sequences: at each
+    length. refine: how many further values are tried around the best.
     """
 
-    candidates: list[float]
+    candidates: list[float | None]
     lengths: list[int]
     sequences: int
     refine: int = 0

@@ -350,7 +350,7 @@ def watch_attention(
         "position_ids": positions_BT, "attention_mask": torch.ones_like(tokens_BT)
     }  # fmt: skip
     try:
-        with _evaluating(model):
+        with evaluating(model):
             model.get_decoder()(input_ids=tokens_BT, use_cache=False, **given)
     finally:
         for handle in handles:
@@ -359,10 +359,12 @@ def watch_attention(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; every part then returns to its own mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for part, mode in modes:
+            part.training = mode

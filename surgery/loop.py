@@ -19,13 +19,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from halobench.config import to_dict
 from halobench.errors import DivergedError, HalobenchError, UserError
 from halobench.files import append_json_line, write_json, write_text
 from halobench.progress import Progress, say
 from halobench.surgery import gates, trackers
+from halobench.surgery.anatomy import evaluating
 from halobench.surgery.objective import LossModule, Objective
 from halobench.surgery.optim import OptimConfig, Optimizer, rate_factor, table_ids
 from halobench.surgery.parallel import Team, agree, fill, local, make_accelerator, whole, wrap
@@ -309,7 +310,7 @@ class Loop:
         if count == 0:
             return None
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
-        with _evaluating(self.objective.module):
+        with evaluating(self.objective.module):
             for batch in self._batches(count, length, lambda place: self.data.held_out(place, length + 1)):
                 loss, weight = self.model(*batch)
                 sums += torch.stack([loss.double(), weight.double()])
@@ -414,18 +415,6 @@ def _recompute(objective: Objective, wanted: bool) -> None:
             "set gradient_checkpointing to false for it, and a smaller micro_batch_tokens to save memory"
         )
     turn()
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; every part then returns to its own mode."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from halobench.config import to_dict
+from halobench.errors import is_out_of_memory
 from halobench.progress import say
 from halobench.records import Metric
 from halobench.tasks.scoring import check_context, evaluating, prefill
@@ -211,7 +212,7 @@ def _round(
             _prefill_and_decode(model, ids, new_tokens, chunk, result)
             result.peak = max(result.peak, _peak(model.device) - before)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         result.error = str(error).splitlines()[0][:200] or type(error).__name__
     if model.device.type == "cuda":
@@ -342,11 +343,6 @@ def _line(row: ProfileRow) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    kind = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return kind or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
 def _reset_peak(device: torch.device) -> int:

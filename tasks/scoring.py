@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from halobench.errors import HalobenchError, UserError
+from halobench.surgery.anatomy import evaluating as evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,14 +62,9 @@ class PromptScores:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Inference mode and eval mode; a model that was in training is put back."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+    """Inference mode and evaluation mode; a model that was in training is put back."""
+    with evaluation_mode(model), torch.inference_mode():
+        yield
 
 
 class TokenCount:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from halobench.config import apply_overrides, from_dict, read_yaml, to_dict
-from halobench.errors import HalobenchError, UserError
+from halobench.errors import HalobenchError, UserError, is_out_of_memory
 from halobench.files import atomic_path, read_json, write_json
 from halobench.recipe import load_recipe
 from halobench.records import LedgerRow, Metric, ModelCard, RunRecord, find_records, read_record
@@ -156,3 +156,10 @@ def test_lengths_and_sizes_read_as_people_write_them() -> None:
     for wrong in ("4q", "", "0", "-3", "1.5k"):
         with pytest.raises(UserError):
             parse_length(wrong)
+
+
+def test_memory_that_runs_out_is_known_by_its_words() -> None:
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ"))

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from halobench.errors import HalobenchError, UserError
 from halobench.surgery import SurgeryPlan, transplant
-from halobench.surgery.selection import sweep as sweeping
 from halobench.surgery.selection.replay import Tape
 from halobench.surgery.selection.sweep import State, Sweep, sweep_folder, weights_hash
 from halobench.surgery.transplant import build_mixers, swapped
@@ -264,9 +263,3 @@ def test_other_mixers_or_settings_have_another_folder(bench, tmp_path: Path) -> 
     mixers[0].set_options(gate_init="neutral")
     hashes.add(weights_hash(mixers))
     assert len(hashes) == 3
-
-
-def test_memory_that_runs_out_is_known_by_its_words() -> None:
-    assert sweeping.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
-    assert sweeping.out_of_memory(MemoryError())
-    assert not sweeping.out_of_memory(RuntimeError("shapes differ"))

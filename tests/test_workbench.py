@@ -22,8 +22,8 @@ from halobench.surgery.anatomy import attention_modules, read_attention
 from halobench.surgery.corpus import open_text
 from halobench.surgery.parallel import Team
 from halobench.surgery.planted import Mixture, Planted
-from halobench.surgery.selection.evidence import read_evidence
 from halobench.surgery.selection.locality import WatchedAttention, local_share
+from halobench.surgery.selection.scores_file import read_scores
 from halobench.surgery.selection.sweep import State
 from halobench.surgery.stages.align import Alignment
 from halobench.surgery.transplant import build_mixers, swapped
@@ -103,7 +103,7 @@ def test_each_sample_is_an_independent_one_and_has_a_value_for_every_layer(desk:
             task: {size} for task, size in sizes.items()
         }
     assert found.restored == [] and found.linear == {}
-    assert read_evidence(tmp_path / "evidence.json") == found
+    assert read_scores(tmp_path / "evidence.json") == found
     assert found.resamples("replaced", ["text"], "kl", 10) is not None
 
 

@@ -21,7 +21,7 @@ from halobench.cli import (
     teacher,
     tune_scale,
 )
-from halobench.errors import HalobenchError
+from halobench.errors import HalobenchError, is_out_of_memory
 
 INTERRUPTED = 130  # the shell's number for it
 app = typer.Typer(
@@ -70,7 +70,7 @@ def _run() -> int:
             return _fail("no space left on the disk; free some room and run again to resume", 1)
         raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             return _fail(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no detail'}", 1)
         raise
     except Exception as error:

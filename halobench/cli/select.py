@@ -43,6 +43,7 @@ def select(
     Without --method: of a file, every method that it has scores for; of a run, every method that trains nothing.
     """
     from halobench.errors import UserError
+    from halobench.surgery.selection.uncertainty import summary
 
     if (run is None) == (scores is None):
         raise UserError("select needs either a run with an aligned checkpoint or --scores FILE, and not both")
@@ -59,7 +60,7 @@ def select(
         assert run is not None
         count, rankings = _from_run(run, methods, settings, keep, given, seed, options.device_or_default(device))
     if as_json:
-        print(json.dumps(_document(count, rankings), allow_nan=False))
+        print(json.dumps({"keep": count, **summary(rankings)}, allow_nan=False))
     else:
         _show(count, rankings)
 
@@ -150,11 +151,12 @@ def _from_run(
 
     from halobench.evidence import prices, question
     from halobench.progress import say
+    from halobench.surgery.selection import Question
     from halobench.units import format_count
 
     conversion = _conversion(run, device)
     count = _count(keep, given, conversion.layers, conversion.recipe.kept_count(conversion.layers))
-    _check_keep(count, conversion.layers)
+    Question(layers=conversion.layers, keep=count)  # refuses what cannot be, before anything is measured
     stored = conversion.recipe.selector_options
     names = methods or _all(given)
     selectors = _selectors(names, {n: {**stored.get(n, {}), **settings.get(n, {})} for n in names})
@@ -190,13 +192,6 @@ def _conversion(run: Path, device: str) -> Conversion:
     return Conversion(begun["teacher"], recipe, run, device=device, given=layers)
 
 
-def _check_keep(count: int, layers: int) -> None:
-    """Raises, before anything is measured, what Question would."""
-    from halobench.surgery.selection import Question
-
-    Question(layers=layers, keep=count)
-
-
 def _all(given: tuple[int, ...] | None) -> list[str]:
     from halobench.surgery.selection import SELECTORS
 
@@ -207,14 +202,6 @@ def _selectors(names: list[str], settings: dict[str, dict[str, Any]]) -> list[Se
     from halobench.surgery.selection import make_selector
 
     return [make_selector(name, settings.get(name)) for name in names]
-
-
-def _document(count: int, rankings: list[Ranking]) -> dict[str, Any]:
-    """What --json prints."""
-    from halobench.surgery.selection.uncertainty import agreement
-
-    methods = {r.method: r.to_json() for r in rankings}
-    return {"keep": count, "methods": methods, "agreement": {"methods": list(methods), **agreement(rankings)}}
 
 
 def _show(count: int, rankings: list[Ranking]) -> None:

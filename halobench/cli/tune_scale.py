@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,16 +16,6 @@ if TYPE_CHECKING:
 RECORD = "tune-scale.json"
 CANDIDATES = "none,2,5,10,20,50,100,200,500,1k,2k,5k,10k"
 BEYOND = (2, 4, 8)  # times the training length
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """What the command was asked for; see ScaleSearch."""
-
-    candidates: list[float | None]
-    lengths: list[int]
-    sequences: int
-    refine: int
 
 
 def tune_scale(
@@ -52,6 +41,7 @@ def tune_scale(
     from halobench.errors import UserError
     from halobench.files import write_json
     from halobench.models import load, resolve
+    from halobench.recipe import ScaleConfig
     from halobench.surgery.stages.scale import scaled_layers, search_scale
 
     where, chosen = Path(resolve(model)), options.device_or_default(device)
@@ -60,7 +50,7 @@ def tune_scale(
     values = parse_candidates(candidates)
     student, tokenizer = load(model, device=chosen)
     layers = scaled_layers(student)
-    search = Search(candidates=values, lengths=_lengths(lengths, where), sequences=sequences, refine=refine)
+    search = ScaleConfig(candidates=values, lengths=_lengths(lengths, where), sequences=sequences, refine=refine)
     before = student.mixer_modules()[layers[0]].options.logits_scale_base
     source = data or _own_data(model) or "sample"
     found = search_scale(student, _mixture(source, tokenizer, planted), search, chosen)
@@ -127,8 +117,8 @@ def _mixture(source: str, tokenizer: Any, share: float) -> Any:
 
     if not 0 <= share <= 1:
         raise UserError(f"--planted {share:g} is not a share; give a number from 0 to 1")
-    planted = Planted(tokenizer, open_text(source, tokenizer, 1), 0) if share > 0 else None
-    return Mixture(open_text(source, tokenizer, 0), planted, share, 0)
+    text = open_text(source, tokenizer, 0)
+    return Mixture(text, Planted(tokenizer, text, 0) if share > 0 else None, share, 0)
 
 
 def set_scale(path: Path, a: float | None) -> None:

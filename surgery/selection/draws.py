@@ -38,8 +38,3 @@ def drawn(
     if not with_base:
         evidence = replace(evidence, original_samples=None, linear_samples=None)
     return evidence.resamples(part, tasks, metric, RESAMPLES, seed)
-
-
-def base_score(evidence: Evidence, part: Part, tasks: list[str], metric: str | None) -> float:
-    """What `layer_scores` are compared with: the teacher's score, or that of the all-linear student."""
-    return evidence.base(part, tasks, metric)

@@ -16,9 +16,9 @@ from typing import Literal
 
 import numpy as np
 
-from halobench.config import from_dict, to_dict
+from halobench.config import to_dict
 from halobench.errors import UserError, some
-from halobench.files import read_json, write_json
+from halobench.files import write_json
 
 Scores = dict[str, dict[str, float]]
 Samples = dict[str, dict[str, list[float]]]
@@ -166,10 +166,3 @@ class Evidence:
     def save(self, path: Path) -> None:
         """Writes the evidence in the file form described above."""
         write_json(path, to_dict(self))
-
-
-def read_evidence(path: Path) -> Evidence:
-    """The evidence in a scores file; wrong or missing fields are named."""
-    if not path.exists():
-        raise UserError(f"scores file {path} does not exist")
-    return from_dict(Evidence, read_json(path), str(path))

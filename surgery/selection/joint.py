@@ -8,14 +8,14 @@ recall prompts, while text stays near what the all-linear student makes of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from halobench.errors import UserError
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking, Workbench
-from halobench.surgery.selection.uncertainty import RESAMPLES, ranked
+from halobench.surgery.selection.uncertainty import RESAMPLES, ranked, with_layers
 
 Set = frozenset[int]
 
@@ -67,9 +67,7 @@ class Joint:
         if self.samples > 1:
             drawn = np.stack([_scores(table[:, pick].mean(1), sets, None, question.layers) for pick in picks])
         answer = ranked(self, question, scores, drawn, search.tokens)
-        rest = [layer for layer in answer.ranking if layer not in best]
-        kept = [layer for layer in answer.ranking if layer in best]
-        return replace(answer, layers=sorted(best), ranking=[*kept, *rest])
+        return with_layers(answer, sorted(best))
 
 
 class _Search:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking
-from halobench.surgery.selection.draws import TEXT, base_score, drawn, layer_scores
+from halobench.surgery.selection.draws import TEXT, drawn, layer_scores
 from halobench.surgery.selection.uncertainty import ranked
 
 ANSWER = "answer_logprob"
@@ -34,7 +34,7 @@ class AnswerLikelihood:
         evidence = question.require(self.name)
         tasks = evidence.recall_tasks
         logprob = layer_scores(evidence, "replaced", tasks, ANSWER, "recall")
-        scores = base_score(evidence, "replaced", tasks, ANSWER) - logprob
+        scores = evidence.base("replaced", tasks, ANSWER) - logprob
         draws = drawn(evidence, "replaced", tasks, ANSWER, question.seed, with_base=True)
         lost = None if draws is None else draws[1][:, None] - draws[0]
         return ranked(self, question, scores, lost, evidence.cost("replaced", tasks))

@@ -36,7 +36,7 @@ from halobench.surgery.selection.blend import (
     trained_tokens,
 )
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking, Workbench
-from halobench.surgery.selection.uncertainty import RESAMPLES, SURE, ranked
+from halobench.surgery.selection.uncertainty import RESAMPLES, SURE, ranked, with_layers
 from halobench.surgery.training_state import FOLDER as CHECKPOINTS
 
 METRIC = "answer_logprob"
@@ -300,6 +300,5 @@ def _conclude(selector: PostNas, question: Question, measured: dict[Kept, np.nda
     ]
     tied = sorted(set().union(*(set(kept) ^ set(sets[first]) for kept in unbeaten)))
     whole = ranked(selector, question, gained, resampled, cost)
-    ordered = [*(i for i in whole.ranking if i in layers), *(i for i in whole.ranking if i not in layers)]
     membership = [float(x) for x in share / RESAMPLES]
-    return replace(whole, layers=layers, ranking=ordered, membership=membership, tied=tied)
+    return replace(with_layers(whole, layers), membership=membership, tied=tied)

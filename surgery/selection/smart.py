@@ -9,8 +9,8 @@ import numpy as np
 
 from halobench.errors import UserError
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking
-from halobench.surgery.selection.draws import TEXT, base_score, drawn, layer_scores
-from halobench.surgery.selection.uncertainty import SURE, ranked
+from halobench.surgery.selection.draws import TEXT, drawn, layer_scores
+from halobench.surgery.selection.uncertainty import SURE, ranked, with_layers
 
 
 def spread_sets(scores: np.ndarray, keep: int, slack: int, ends: bool) -> np.ndarray:
@@ -73,13 +73,12 @@ class Smart:
         """See Selector."""
         evidence = question.require(self.name)
         restored = layer_scores(evidence, "restored", TEXT, "kl", "text")
-        scores = base_score(evidence, "restored", TEXT, "kl") - restored
+        scores = evidence.base("restored", TEXT, "kl") - restored
         draws = drawn(evidence, "restored", TEXT, "kl", question.seed, with_base=True)
         gained = None if draws is None else draws[1][:, None] - draws[0]
         answer = ranked(self, question, scores, gained, evidence.cost("restored", TEXT))
         kept = [int(i) for i in spread_sets(scores[None], question.keep, self.slack, self.ends)[0]]
-        first = [i for i in answer.ranking if i in kept]
-        answer = replace(answer, layers=kept, ranking=first + [i for i in answer.ranking if i not in kept])
+        answer = with_layers(answer, kept)
         if gained is None:
             return answer
         sets = spread_sets(gained, question.keep, self.slack, self.ends)

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from halobench.errors import HalobenchError, UserError
+from halobench.errors import HalobenchError, UserError, is_out_of_memory
 from halobench.files import read_json, write_json
 from halobench.mixers.contract import Mixer
 from halobench.progress import Progress, say
@@ -217,7 +217,7 @@ class Sweep:
             try:
                 return self._once(part, place, progress)
             except Exception as error:
-                if not out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if count == 1:
                     raise HalobenchError(
@@ -279,12 +279,6 @@ def checked(task: str, unit: Unit, model: Any, state: State) -> Values:
         if not np.isfinite(samples).all():
             raise HalobenchError(f"{task}, {state}: {metric} is not finite; the layer's mixer or its dtype is at fault")
     return values
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the host."""
-    kind = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return kind or "can't allocate memory" in str(error) or "out of memory" in str(error).lower()
 
 
 def means(samples: Samples) -> Scores:

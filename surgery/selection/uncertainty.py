@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,18 @@ def ranked(selector: Any, question: Question, scores: np.ndarray, drawn: np.ndar
         cost_tokens=cost,
         **answer,
     )
+
+
+def with_layers(answer: Ranking, kept: list[int]) -> Ranking:
+    """`answer` of a selector that chose a set (`kept`, ascending) and not the best scores; the set is ranked first."""
+    rest = [layer for layer in answer.ranking if layer not in kept]
+    return replace(answer, layers=kept, ranking=[*(layer for layer in answer.ranking if layer in kept), *rest])
+
+
+def summary(rankings: list[Ranking]) -> dict[str, Any]:
+    """Several answers as plain data: each by its method, and how far they agree."""
+    methods = {answer.method: answer.to_json() for answer in rankings}
+    return {"methods": methods, "agreement": {"methods": list(methods), **agreement(rankings)}}
 
 
 def tied(scores: np.ndarray, drawn: np.ndarray, keep: int) -> list[int]:
