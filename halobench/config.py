@@ -34,7 +34,11 @@ def from_dict(cls: type[C], data: Any, where: str) -> C:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in data:
             raise UserError(f"{where} lacks the field {name!r}; it has no default, so write it")
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

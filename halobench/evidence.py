@@ -32,8 +32,14 @@ if TYPE_CHECKING:
     from halobench.pipeline import Conversion
     from halobench.surgery.loop import LoopConfig
 
-# What is measured with one layer changed. Selectors read restored layers by their KL alone.
+# What can be measured with one layer changed, and what of it each need asks for.
 SWEPT: dict[SweptPart, tuple[str, ...]] = {"replaced": TASKS, "restored": TEXT}
+ASKED: dict[Need, tuple[SweptPart, tuple[str, ...]]] = {
+    "recall": ("replaced", RECALL),
+    "csr": ("replaced", CSR),
+    "text": ("replaced", TEXT),
+    "restored": ("restored", TEXT),
+}
 
 
 def question(
@@ -49,7 +55,7 @@ def question(
         seed=conversion.recipe.seed,
         evidence=gather(conversion, folder, needs) if set(needs) - {"workbench"} else None,
         given=given,
-        workbench=Bench(conversion, folder / "workbench") if "workbench" in needs else None,
+        workbench=Bench(conversion, folder) if "workbench" in needs else None,
     )
 
 
@@ -64,7 +70,7 @@ def prices(conversion: Conversion) -> Prices:
         recall=sum(sizes[task] for task in RECALL),
         csr=sum(sizes[task] for task in CSR),
         text=config.kl_sequences * config.kl_length,
-        restore=training.steps() * training.batch_tokens if config.restore_tokens else 0,
+        restore=training.trained_tokens if config.restore_tokens else 0,
         prompt=config.length,
     )
 
@@ -72,18 +78,20 @@ def prices(conversion: Conversion) -> Prices:
 def gather(conversion: Conversion, folder: Path, needs: Collection[Need]) -> Evidence:
     """The evidence of an aligned run; what is in `folder` already is not measured again.
 
-    Processes that train together share the work. The evidence is left in `folder`/evidence.json.
+    Processes that train together share the work. All that was ever measured in this way is left in
+    `folder`/evidence.json.
     """
     sweep = measure(conversion, folder, needs, conversion.team.rank, conversion.team.size)
     conversion.team.wait()
     config = conversion.recipe.selection
-    found: dict[str, Found] = {} if sweep is None else {part: sweep.collect(part) for part in _swept(needs)}
+    found: dict[str, Found] = {part: entry for part in SWEPT if (entry := sweep.collect(part)) is not None}
     replaced, restored = found.get("replaced"), found.get("restored")
     costs = {part: entry.tokens for part, entry in found.items()}
     seconds = {part: entry.seconds for part, entry in found.items()}
     redistilled: list[Changed] = []
-    if "redistilled" in needs:
-        redistilled, tokens, taken = _collect_redistilled(conversion, folder)
+    trained = _redistilled(conversion, folder, sweep.mixers)
+    if trained is not None:
+        redistilled, tokens, taken = trained
         costs["redistilled"], seconds["redistilled"] = {TEXT[0]: tokens}, {TEXT[0]: taken}
     evidence = Evidence(
         teacher=conversion.teacher_name,
@@ -113,22 +121,20 @@ def gather(conversion: Conversion, folder: Path, needs: Collection[Need]) -> Evi
     return evidence
 
 
-def measure(
-    conversion: Conversion, folder: Path, needs: Collection[Need], rank: int = 0, size: int = 1
-) -> Sweep | None:
+def measure(conversion: Conversion, folder: Path, needs: Collection[Need], rank: int = 0, size: int = 1) -> Sweep:
     """This process's share of the measurements behind `gather`: of `size` processes it is the `rank`-th.
 
     Candidates are shared out too, unless the processes train together: then they share each candidate's batches.
-    Returns the sweep, if the needs have one.
     """
-    parts, sweep = _swept(needs), None
-    home = _redistilled_folder(conversion, folder) if "redistilled" in needs else None
-    if parts:
-        if rank == 0:
-            story = "; ".join(f"{part} alone, on {', '.join(SWEPT[part])}" for part in parts)
-            say(f"select: each of {conversion.layers} layers {story}")
-        sweep = _sweep(conversion, folder, parts)
-        sweep.measure(parts, rank, size)
+    sweep = _sweep(conversion, folder)
+    home = _redistilled_folder(conversion, folder, sweep.mixers) if "redistilled" in needs else None
+    asked: dict[SweptPart, list[str]] = {}
+    for part, tasks in (ASKED[need] for need in ASKED if need in needs):
+        asked.setdefault(part, []).extend(tasks)
+    if asked and rank == 0:
+        story = "; ".join(f"{part} alone, on {', '.join(tasks)}" for part, tasks in asked.items())
+        say(f"select: each of {conversion.layers} layers {story}")
+    sweep.measure(asked, rank, size)
     if home is not None:
         together = conversion.team.size > 1
         for layer in range(conversion.layers) if together else range(rank, conversion.layers, size):
@@ -136,17 +142,13 @@ def measure(
     return sweep
 
 
-def _swept(needs: Collection[Need]) -> list[SweptPart]:
-    return [part for part in SWEPT if part in needs]
-
-
-def _sweep(conversion: Conversion, folder: Path, parts: list[SweptPart]) -> Sweep:
+def _sweep(conversion: Conversion, folder: Path) -> Sweep:
     mixers = conversion.mixers()
-    tasks = {task: make_probe(conversion, task) for task in TASKS if any(task in SWEPT[part] for part in parts)}
-    probes = {part: [tasks[task] for task in SWEPT[part]] for part in parts}
+    tasks = {task: make_probe(conversion, task) for task in TASKS}
+    probes = {part: [tasks[task] for task in names] for part, names in SWEPT.items()}
     size = conversion.recipe.selection.unit_tokens
-    identity = {**_identity(conversion, mixers), "unit_tokens": size}
-    return Sweep(carrier(conversion), mixers, probes, sweep_folder(folder, "sweep", identity), size)
+    decides = {**identity(conversion, mixers), "unit_tokens": size}
+    return Sweep(carrier(conversion), mixers, probes, sweep_folder(folder, "sweep", decides), size)
 
 
 def carrier(conversion: Conversion) -> Any:
@@ -158,7 +160,7 @@ def carrier(conversion: Conversion) -> Any:
     return hybrid.to(conversion.device).eval().requires_grad_(False)
 
 
-def _identity(conversion: Conversion, mixers: dict[int, Mixer]) -> dict[str, Any]:
+def identity(conversion: Conversion, mixers: dict[int, Mixer]) -> dict[str, Any]:
     """What decides every measurement."""
     from halobench.provenance import versions
 
@@ -182,15 +184,14 @@ def _training(conversion: Conversion) -> LoopConfig:
     return replace(conversion.recipe.distil, tokens=conversion.recipe.selection.restore_tokens, held_out_sequences=0)
 
 
-def _redistilled_folder(conversion: Conversion, folder: Path) -> Path:
+def _redistilled_folder(conversion: Conversion, folder: Path, mixers: dict[int, Mixer]) -> Path:
     training = _training(conversion)
     if training.tokens < 1:
         raise UserError(
             "candidates cannot be re-distilled with selection.restore_tokens 0; set it (the paper has 200M or more), "
             "or choose by candidates that are not trained"
         )
-    identity = {**_identity(conversion, conversion.mixers()), "training": to_dict(training)}
-    return sweep_folder(folder, "redistilled", identity)
+    return sweep_folder(folder, "redistilled", {**identity(conversion, mixers), "training": to_dict(training)})
 
 
 def _redistil(conversion: Conversion, home: Path, layer: int) -> None:
@@ -251,10 +252,17 @@ def _trained(conversion: Conversion, layer: int, folder: Path) -> tuple[Any, Any
     return student, loop.run()
 
 
-def _collect_redistilled(conversion: Conversion, folder: Path) -> tuple[list[Changed], int, float]:
-    """(one entry a layer, tokens trained and measured, seconds of training)."""
-    home = _redistilled_folder(conversion, folder)
-    found = [read_json(home / f"layer-{layer}.json") for layer in range(conversion.layers)]
+def _redistilled(
+    conversion: Conversion, folder: Path, mixers: dict[int, Mixer]
+) -> tuple[list[Changed], int, float] | None:
+    """(one entry a layer, tokens trained and measured, seconds of training); None unless every layer is there."""
+    if not conversion.recipe.selection.restore_tokens:
+        return None
+    home = _redistilled_folder(conversion, folder, mixers)
+    paths = [home / f"layer-{layer}.json" for layer in range(conversion.layers)]
+    if not all(path.exists() for path in paths):
+        return None
+    found = [read_json(path) for path in paths]
     entries = []
     for layer, answer in enumerate(found):
         samples = {TEXT[0]: {"kl": answer["kl"]}}

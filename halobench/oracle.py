@@ -97,8 +97,9 @@ def run_oracle(
     base = ground.open()
     cells = _cells(folder, settings)
     with Crew(workers or max(1, len(os.sched_getaffinity(0)))) as crew:
-        prepare(ground, crew, methods)
-        crew.do([(_rank, ground, folder, method) for method in methods if not _ranking(folder, method).exists()])
+        unranked = [method for method in methods if not _ranking(folder, method).exists()]
+        prepare(ground, crew, unranked)
+        crew.do([(_rank, ground, folder, method) for method in unranked])
         rankings = [from_dict(Ranking, read_json(_ranking(folder, method)), method) for method in methods]
         chosen = list(dict.fromkeys(tuple(r.layers) for r in rankings))
         say(f"oracle: {len(sets)} sets of {settings.keep} of {base.layers} layers, {len(chosen)} of them chosen")

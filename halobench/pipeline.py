@@ -57,6 +57,7 @@ class Conversion:
         aligned: Path | None = None,
         credit: tuple[Ranking, ...] = (),
     ) -> None:
+        from halobench.surgery.documents import corpus_hashes
         from halobench.surgery.parallel import Team
 
         self.teacher_name, self.recipe, self.device, self.given = teacher, recipe, device, given
@@ -64,11 +65,16 @@ class Conversion:
         self._shown: list[dict[str, Any]] = []  # the last table of what trains
         where = Path(resolve(teacher))
         self.teacher_hash = model_hash(where) if where.is_dir() else teacher
-        identity = {"teacher": self.teacher_hash, "recipe": to_dict(recipe), "layers": list(given) if given else None}
         self.team = Team.join(device)  # first, for it chooses this process's device
         self._check()
+        identity = {
+            "teacher": self.teacher_hash,
+            "recipe": to_dict(recipe),
+            "layers": list(given) if given else None,
+            "data": corpus_hashes(recipe.data),
+        }
         if self.team.leads:
-            RunFolder(folder, identity, teacher)
+            RunFolder(folder, identity, teacher).sweep()
         self.team.wait()
         if not (folder / "run.json").exists():
             raise UserError(
@@ -127,6 +133,8 @@ class Conversion:
             "scale": self.finish,
         }
         self._tell(f"budget: {self.recipe.tokens(self.layers)}")
+        if not (self.run.path / "model" / CARD).exists():
+            self._open_text()
         for stage in STAGES[: STAGES.index(until) + 1]:
             work[stage]()
         return self.run.path
@@ -144,7 +152,7 @@ class Conversion:
         done = self.base.note("align")
         if done is not None:
             return done
-        self._prepare()
+        self._check_identity()
         torch.manual_seed(self.recipe.seed)  # of the new weights
         mixers = build_mixers(self.teacher, self.recipe.mixer, self.recipe.mixer_options)
         for mixer in mixers.values():
@@ -174,19 +182,24 @@ class Conversion:
         with torch.no_grad(), torch.autocast(tokens.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             objective.loss(tokens, torch.ones_like(tokens))
 
-    def _prepare(self) -> None:
-        """Before anything trains: the text is enough, and a student with nothing replaced is the teacher."""
-        import torch
-
+    def _open_text(self) -> None:
+        """Before anything trains: one process tokenises the text, for all, and it must be enough for the recipe."""
         from halobench.surgery.corpus import check_budget
-        from halobench.surgery.gates import check_identity
 
         if not self.team.leads:
-            self.team.wait()  # one process tokenises the text, for all
+            self.team.wait()
         text = self._text
         if self.team.leads:
             self.team.wait()
         check_budget(text, self.recipe.tokens(self.layers).training, self.recipe.epochs, "the recipe")
+
+    def _check_identity(self) -> None:
+        """Before the alignment: a student with nothing replaced is the teacher."""
+        import torch
+
+        from halobench.surgery.gates import check_identity
+
+        self._open_text()
         sequence = self.data(self.recipe.align).held_out(0, min(64, min(self.recipe.align.lengths)))
         check_identity(self.teacher, torch.from_numpy(sequence.tokens)[None].to(self.device))
 
@@ -231,8 +244,10 @@ class Conversion:
 
     def select(self) -> list[int]:
         """The kept layers by the recipe's selector."""
+        from halobench.surgery.parallel import agree
+
         path = self.run.path / "select" / "choice.json"
-        if path.exists():
+        if agree(self.team, path.exists())[0]:  # as the leader sees it, for the leader may be about to write
             return read_json(path)["layers"]
         ranking = self.credit[0] if self.credit else self.rank([self.recipe.select])[0]
         labels = [r.label for r in self.credit] or [ranking.label]
@@ -285,6 +300,7 @@ class Conversion:
         if done is not None:
             return done
         before = self.distil()
+        self.teacher.cpu()  # its memory is for longer text now
         if self.recipe.finetune.tokens == 0:
             places = {"sequences": before.sequences, "position": before.position}
             return self._note_of("finetune", before.hash, before.hash, 0, 0.0, {}, **places)
@@ -311,7 +327,8 @@ class Conversion:
         student = self._student("finetune" if before.tokens else "distil", before).eval()
         scale, losses, seconds, tokens = None, {}, 0.0, 0
         if self.recipe.scale is not None and self.recipe.hype and self.plan().kept:
-            found = search_scale(student, self.data(self.recipe.finetune), self.recipe.scale, self.device)
+            data, quiet = self.data(self.recipe.finetune), not self.team.leads
+            found = search_scale(student, data, self.recipe.scale, self.device, quiet=quiet)
             scale, losses, seconds, tokens = found.best, found.losses, found.seconds, found.tokens
             student.set_logits_scale(scale)
             self._tell(f"scale: queries without positions are scaled by log_a(t + a) with a = {scale_name(scale)}")
@@ -440,11 +457,13 @@ class Conversion:
         )
 
     def _record(self, card: ModelCard, scale_losses: dict[str, float], forms: dict[str, str]) -> None:
+        from halobench.surgery.documents import corpus_hashes
+
         notes = [note for stage in STAGES if (note := self.run.note(stage) or self.base.note(stage)) is not None]
         RunRecord(
             kind="convert",
             model=card,
-            settings={"recipe": to_dict(self.recipe)},
+            settings={"recipe": to_dict(self.recipe), "data": corpus_hashes(self.recipe.data)},
             lineage={note.stage: note.hash for note in notes},
             ledger=card.ledger,
             backends={"device": self.device, **forms},

@@ -7,7 +7,7 @@ null takes what the other has away.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from halobench.config import apply_overrides, from_dict, read_yaml
 from halobench.errors import UserError, unknown_name
 from halobench.surgery.loop import LoopConfig
 from halobench.surgery.plan import kept_layers
+from halobench.surgery.stages.distil import check_loss
 from halobench.units import format_count
 
 if TYPE_CHECKING:
@@ -42,10 +43,8 @@ class DistilConfig(LoopConfig):
     ce_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise UserError(f"distil.temperature is {self.temperature}; it must be above 0 (1 is the plain KL)")
-        if not 0 <= self.ce_share <= 1:
-            raise UserError(f"distil.ce_share is {self.ce_share}; it is a share from 0 (KL alone) to 1 (text alone)")
+        super().__post_init__()
+        check_loss(self.temperature, self.ce_share)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +134,11 @@ class Recipe:
     softmax_options: dict[str, Any] = field(default_factory=dict)
     selector_options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for stage, config in (("align", self.align), ("distil", self.distil)):
+            if config.tokens < 1:
+                raise UserError(f"{stage}.tokens is {config.tokens}; of the stages only finetune may have no budget")
+
     def kept_count(self, layers: int) -> int:
         """Softmax layers that stay in a model of `layers`."""
         return len(kept_layers(self.keep, layers))
@@ -178,7 +182,7 @@ class Recipe:
             recall=2 * given.haystacks * given.length,
             csr=given.items * ITEM_TOKENS,
             text=given.kl_sequences * given.kl_length,
-            restore=given.restore_tokens // self.distil.batch_tokens * self.distil.batch_tokens,
+            restore=replace(self.distil, tokens=given.restore_tokens).trained_tokens if given.restore_tokens else 0,
             prompt=given.length,
         )
         return TokenBudget(

@@ -81,7 +81,12 @@ class RunFolder:
         path = self.path / stage / "stage.json"
         return from_dict(StageNote, read_json(path), str(path)) if path.exists() else None
 
+    def sweep(self) -> None:
+        """Drops the checkpoints of finished stages, which a run that was killed between the two has left behind."""
+        for note in self.path.glob("*/stage.json"):
+            shutil.rmtree(note.parent / "checkpoints", ignore_errors=True)
+
     def finish(self, note: StageNote) -> None:
         """Marks a stage complete and drops its checkpoints."""
         write_json(self.path / note.stage / "stage.json", to_dict(note))
-        shutil.rmtree(self.path / note.stage / "checkpoints", ignore_errors=True)
+        self.sweep()

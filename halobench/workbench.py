@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from halobench.errors import UserError
-from halobench.evidence import carrier
+from halobench.evidence import carrier, identity
 from halobench.files import read_json, write_json
 from halobench.probes import layout, make_probe
-from halobench.provenance import versions
 from halobench.surgery.anatomy import decoder_layers
 from halobench.surgery.selection.contract import Measured
 from halobench.surgery.selection.replay import Tape
@@ -30,6 +29,7 @@ from halobench.surgery.selection.sweep import (
     checked,
     cut,
     extend,
+    sweep_folder,
     weights_hash,
 )
 from halobench.surgery.transplant import build_mixers, swapped
@@ -61,16 +61,18 @@ class _Table:
 class Bench:
     """See Workbench.
 
-    A result is a file in `folder`/measured, named by all that decides it, so an interrupted search repeats nothing.
-    Students that agree below some layer share the hidden states below it, as candidates of a greedy search do.
+    It has a folder of its own in `folder`, named by all that decides what it finds. A result is a file in its
+    `measured`, so an interrupted search repeats nothing. Students that agree below some layer share the hidden states
+    below it, as candidates of a greedy search do.
     """
 
     def __init__(self, conversion: Conversion, folder: Path) -> None:
-        self.conversion, self.folder = conversion, folder
+        self.conversion = conversion
         self.layers, self.device, self.seed = conversion.layers, conversion.device, conversion.recipe.seed
         self.prompt, self.hype = conversion.recipe.selection.length, conversion.recipe.hype
         self.teacher: Any = conversion.teacher
         self.mixers: dict[int, Mixer] = {i: m.requires_grad_(False) for i, m in conversion.mixers().items()}
+        self.folder = sweep_folder(folder, "workbench", identity(conversion, self.mixers))
         self._foreign: dict[int, tuple[Mixer, list[int], str]] = {}
         self._tables: dict[tuple[str, int | None, int | None], _Table] = {}
 
@@ -91,7 +93,7 @@ class Bench:
         tokens, count = layout(self.conversion, task, length, samples)
         chosen = self._student(frozenset(kept), mixers or {}, self._scale(tokens), hype)
         names = [name for name, _ in chosen]
-        key = {**self._common, "task": task, "length": tokens, "samples": count, "student": names}
+        key = {"task": task, "length": tokens, "samples": count, "student": names}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / "measured" / f"{digest}.json"
         if not path.exists():
@@ -112,16 +114,6 @@ class Bench:
     def carrier(self) -> Any:
         """The hybrid whose layers are changed."""
         return carrier(self.conversion)
-
-    @cached_property
-    def _common(self) -> dict[str, Any]:
-        recipe = self.conversion.recipe
-        return {
-            "teacher": self.conversion.teacher_hash,
-            "data": recipe.data,
-            "seed": recipe.seed,
-            "halobench": versions()["halobench"],
-        }
 
     @cached_property
     def _names(self) -> dict[int, str]:

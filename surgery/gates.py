@@ -89,10 +89,11 @@ class Reach:
     Args:
         name: of the stage.
         waiting: names of the trained tensors that no gradient has reached yet.
+        speaks: whether this process warns; of several one does.
     """
 
-    def __init__(self, name: str, waiting: Sequence[str]) -> None:
-        self.name, self.waiting = name, list(waiting)
+    def __init__(self, name: str, waiting: Sequence[str], *, speaks: bool = True) -> None:
+        self.name, self.waiting, self.speaks = name, list(waiting), speaks
 
     def note(self, norms: dict[str, float], step: int, last: bool) -> None:
         """Takes the gradient norms of step number `step` (from 1); raises HalobenchError when it has been too long.
@@ -109,7 +110,7 @@ class Reach:
                 f"{self.name}: after {step} steps no gradient has reached {some(self.waiting)}, which should train; "
                 "freeze what the loss does not use (requires_grad_(False)), or repair the path to it"
             )
-        if step == REACH_WARNING or last:
+        if self.speaks and (step == REACH_WARNING or last):
             say(f"{self.name}: no gradient has reached {some(self.waiting)} in {step} steps")
 
 

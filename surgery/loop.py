@@ -64,9 +64,36 @@ class LoopConfig:
     trackers: list[str] | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises UserError for what no training can be made of."""
+        least = {
+            "tokens": 0,
+            "batch_tokens": 1,
+            "micro_batch_tokens": 1,
+            "keep_checkpoints": 1,
+            "held_out_sequences": 0,
+        }
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"{name} is {value}; it must be {low} or more")
+        if not self.lengths or min(self.lengths) < 1:
+            raise UserError(f"lengths is {self.lengths}; give one or more sequence lengths of 1 or more tokens")
+        if self.batch_tokens < max(self.lengths):
+            raise UserError(
+                f"batch_tokens {self.batch_tokens} is below the longest of lengths {self.lengths}; raise it"
+            )
+        if not 0 <= self.planted <= 1:
+            raise UserError(f"planted is {self.planted}; it is a share from 0 (text alone) to 1 (retrieval alone)")
+
     def steps(self) -> int:
         """Optimiser steps of the stage."""
         return max(1, self.tokens // self.batch_tokens)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of all steps: the budget, in whole steps and at least one."""
+        return self.steps() * self.batch_tokens
 
 
 class Data(Protocol):
@@ -150,7 +177,8 @@ class Loop:
         self.named = gates.trained(objective.module)
         self.optimizer = Optimizer(self.named, config.optim, table_ids(objective.module))
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints)
-        self.reach = gates.Reach(objective.name, [] if objective.idle else [name for name, _ in self.named])
+        expected = [] if objective.idle else [name for name, _ in self.named]
+        self.reach = gates.Reach(objective.name, expected, speaks=self.team.leads)
         self._written: int | None = None  # the step of the newest checkpoint
         self._saved_at = time.monotonic()
         self._interrupted: Callable[[], bool] = lambda: False
@@ -238,8 +266,6 @@ class Loop:
         lengths = self.config.lengths
         pick = np.random.default_rng((self.config.seed, self.step, 5)).integers(len(lengths))
         length = lengths[int(pick)]
-        if self.config.batch_tokens < length:
-            raise UserError(f"{self.objective.name}: batch_tokens {self.config.batch_tokens} is below length {length}")
         return length, self.config.batch_tokens // length
 
     def _batches(self, count: int, length: int, draw: Callable[[int], Sequence]) -> list[Batch]:

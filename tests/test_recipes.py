@@ -146,6 +146,11 @@ def test_a_recipe_extends_a_file_beside_it_wherever_the_command_runs(tmp_path: P
         ("extends: halo-tiny\nname: a\ndistil: {temprature: 2}\n", "did you mean 'temperature'"),
         ("extends: halo-tiny\nname: a\ndistil: {temperature: 0}\n", "must be above 0"),
         ("extends: halo-tiny\nname: a\ndistil: {ce_share: 1.5}\n", "a share from 0"),
+        ("extends: halo-tiny\nname: a\ndistil: {tokens: 0}\n", "of the stages only finetune may have no budget"),
+        ("extends: halo-tiny\nname: a\nalign: {batch_tokens: 0}\n", "a.yaml.align: batch_tokens is 0; it must be 1"),
+        ("extends: halo-tiny\nname: a\nalign: {lengths: []}\n", "a.yaml.align: lengths is "),
+        ("extends: halo-tiny\nname: a\nfinetune: {batch_tokens: 100}\n", "batch_tokens 100 is below the longest of len"),
+        ("extends: halo-tiny\nname: a\ndistil: {planted: 40}\n", "a share from 0 .text alone. to 1"),
         ("- a\n", "must be a table"),
     ],
 )

@@ -416,7 +416,7 @@ def asked(monkeypatch, tmp_path: Path) -> list[tuple[Any, ...]]:  # type: ignore
 def test_a_run_says_what_each_method_costs_and_trains_nothing_unasked(select: Select, asked) -> None:  # type: ignore[no-untyped-def]
     found = select("a-run", "--json")
     assert set(found.json["methods"]) == {*FROM_SCORES, *FIXED} - {"kl-ls"}
-    assert asked == [({"replaced", "restored"}, 2, None)]
+    assert asked == [({"recall", "csr", "text", "restored"}, 2, None)]
     assert "halo: about 511K tokens\n" in found.err
     assert "kl-ls: about 6.01M tokens; not run unless named, for it trains or searches: --method kl-ls" in found.err
     assert "even: " not in found.err

@@ -7,13 +7,14 @@ import json
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from halobench.errors import UserError
 from halobench.surgery.selection import SELECTORS, Prices, Question, Ranking, make_selector
+from halobench.surgery.selection.contract import Need
 from halobench.surgery.selection.halo import halo_scores, noise_floor
 from halobench.surgery.selection.scores_file import read_scores
 from halobench.surgery.selection.smart import spread_sets
@@ -420,7 +421,7 @@ def test_the_defaults_are_the_faithful_forms() -> None:
 def test_every_selector_says_what_it_is(name: str) -> None:
     selector = make_selector(name)
     assert selector.name == name and selector.label
-    assert selector.needs <= {"replaced", "restored", "redistilled", "workbench"}
+    assert selector.needs <= set(get_args(Need))
     assert selector.paper == "" or selector.paper.startswith("https://arxiv.org/abs/")
     prices = Prices(layers=12, keep=3, recall=10**4, csr=10**4, text=10**4, restore=10**6, prompt=512)
     assert (selector.price(prices) > 0) == bool(selector.needs)

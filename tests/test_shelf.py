@@ -15,6 +15,7 @@ from halobench.files import atomic_path, read_json, write_json
 from halobench.recipe import load_recipe
 from halobench.records import LedgerRow, Metric, ModelCard, RunRecord, find_records, read_record
 from halobench.registry import Registry
+from halobench.run import RunFolder
 from halobench.units import format_bytes, format_count, format_length, format_seconds, parse_count, parse_length
 
 
@@ -163,3 +164,14 @@ def test_memory_that_runs_out_is_known_by_its_words() -> None:
     assert is_out_of_memory(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_checkpoints_of_finished_stages_are_dropped_and_those_of_others_stay(tmp_path: Path) -> None:
+    """A run that was killed between its note and its checkpoints goes on without them."""
+    run = RunFolder(tmp_path / "run", {"recipe": 1}, "tiny")
+    for stage in ("align", "distil"):
+        (run.path / stage / "checkpoints" / "step-1").mkdir(parents=True)
+    write_json(run.path / "align" / "stage.json", {})
+    run.sweep()
+    assert not (run.path / "align" / "checkpoints").exists()
+    assert (run.path / "distil" / "checkpoints" / "step-1").exists()

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from halobench.errors import HalobenchError, UserError
 from halobench.surgery import SurgeryPlan, transplant
 from halobench.surgery.selection.replay import Tape
-from halobench.surgery.selection.sweep import State, Sweep, sweep_folder, weights_hash
+from halobench.surgery.selection.sweep import State, Sweep, SweptPart, sweep_folder, weights_hash
 from halobench.surgery.transplant import build_mixers, swapped
 from tests.conftest import make_pico
 from tests.families import make_family
@@ -139,6 +139,11 @@ def bench(teacher: PreTrainedModel):
     return ready(teacher)
 
 
+REPLACED: dict[SweptPart, list[str]] = {"replaced": ["guesses"]}
+RESTORED: dict[SweptPart, list[str]] = {"restored": ["guesses"]}
+BOTH = REPLACED | RESTORED
+
+
 def swept(bench, folder: Path, probe: Guesses, unit_tokens: int = 48) -> Sweep:
     return Sweep(*bench, {"replaced": [probe], "restored": [probe]}, folder, unit_tokens)
 
@@ -147,7 +152,7 @@ def test_the_sweep_gives_what_one_model_after_another_gives(bench, tmp_path: Pat
     carrier, mixers = bench
     probe = Guesses()
     sweep = swept(bench, tmp_path, probe)
-    sweep.measure(["replaced", "restored"])
+    sweep.measure(BOTH)
 
     def alone(changed) -> list[float]:
         with swapped(carrier, changed):
@@ -169,7 +174,7 @@ def test_28_layers_take_half_the_work(tmp_path: Path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 4, "num_attention_heads": 2}
     carrier, mixers = ready(make_pico(num_hidden_layers=28, num_key_value_heads=2, **small))
     sweep = swept((carrier, mixers), tmp_path, Guesses(samples=1))
-    sweep.measure(["replaced"])
+    sweep.measure(REPLACED)
     meter = sweep.collect("replaced").meter
     assert meter.one_by_one == 24 * 28 * 29
     assert meter.run == meter.one_by_one * (28 + 3) / (2 * (28 + 1))
@@ -178,22 +183,22 @@ def test_28_layers_take_half_the_work(tmp_path: Path) -> None:
 
 def test_an_interrupted_sweep_goes_on_with_the_unit_it_stopped_in(bench, tmp_path: Path) -> None:
     whole = swept(bench, tmp_path / "whole", Guesses())
-    whole.measure(["replaced"])
+    whole.measure(REPLACED)
     probe = Guesses()
     probe.fails = KeyboardInterrupt()
     sweep = swept(bench, tmp_path / "cut", probe)
     with pytest.raises(KeyboardInterrupt):
-        sweep.measure(["replaced"])
+        sweep.measure(REPLACED)
     assert {first for first, _ in probe.asked} == {0}
     probe.fails = None
     probe.asked.clear()
-    sweep.measure(["replaced"])
+    sweep.measure(REPLACED)
     assert {first for first, _ in probe.asked} == {2, 4}
     assert sweep.collect("replaced") == whole.collect("replaced")
     probe.asked.clear()
-    sweep.measure(["replaced"])
+    sweep.measure(REPLACED)
     assert probe.asked == []
-    sweep.measure(["replaced", "restored"])
+    sweep.measure(BOTH)
     assert {state for _, state in probe.asked} == {
         "the student with every layer replaced",
         *(f"the student with softmax in layer {i} alone" for i in range(4)),
@@ -202,21 +207,21 @@ def test_an_interrupted_sweep_goes_on_with_the_unit_it_stopped_in(bench, tmp_pat
 
 def test_processes_take_turns_at_the_units_and_make_one_sweep(bench, tmp_path: Path) -> None:
     whole = swept(bench, tmp_path / "whole", Guesses())
-    whole.measure(["replaced"])
+    whole.measure(REPLACED)
     probes = [Guesses(), Guesses()]
     for rank in (1, 0):
-        swept(bench, tmp_path / "shared", probes[rank]).measure(["replaced"], rank, 2)
+        swept(bench, tmp_path / "shared", probes[rank]).measure(REPLACED, rank, 2)
     assert [{first for first, _ in probe.asked} for probe in probes] == [{0, 4}, {2}]
     assert swept(bench, tmp_path / "shared", Guesses()).collect("replaced") == whole.collect("replaced")
 
 
 def test_out_of_memory_makes_units_smaller_and_is_said_once(bench, tmp_path: Path, capsys) -> None:
     whole = swept(bench, tmp_path / "whole", Guesses(), unit_tokens=24)
-    whole.measure(["replaced"])
+    whole.measure(REPLACED)
     capsys.readouterr()
     probe = Guesses(most=1)
     sweep = swept(bench, tmp_path / "small", probe, unit_tokens=96)
-    sweep.measure(["replaced"])
+    sweep.measure(REPLACED)
     told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert told == [
         "sweep: out of memory on 4 samples of guesses (CUDA out of memory. Tried to allocate 7 GiB); "
@@ -224,14 +229,14 @@ def test_out_of_memory_makes_units_smaller_and_is_said_once(bench, tmp_path: Pat
     ]
     assert sweep.collect("replaced") == whole.collect("replaced")
     with pytest.raises(HalobenchError, match=r"out of memory on one sample of guesses \(24 tokens\); lower its length"):
-        swept(bench, tmp_path / "none", Guesses(most=0)).measure(["replaced"])
+        swept(bench, tmp_path / "none", Guesses(most=0)).measure(REPLACED)
 
 
 def test_numbers_that_are_none_name_the_layer_and_the_task(bench, tmp_path: Path) -> None:
     probe = Guesses()
     probe.wrong = State("replaced", 2)
     with pytest.raises(HalobenchError, match="guesses, the teacher with layer 2 replaced: logprob is not finite"):
-        swept(bench, tmp_path, probe).measure(["replaced"])
+        swept(bench, tmp_path, probe).measure(REPLACED)
 
 
 def test_the_carrier_is_left_as_it_was_after_a_failure(bench, tmp_path: Path, tokens: Tensor) -> None:
@@ -240,7 +245,7 @@ def test_the_carrier_is_left_as_it_was_after_a_failure(bench, tmp_path: Path, to
     probe = Guesses()
     probe.wrong = State("restored", 1)
     with pytest.raises(HalobenchError):
-        swept(bench, tmp_path, probe).measure(["restored"])
+        swept(bench, tmp_path, probe).measure(RESTORED)
     assert torch.equal(carrier(tokens).logits, before)
     assert carrier.mixer_modules() == {}
 

@@ -31,6 +31,8 @@ from halobench.tasks import suites
 from halobench.workbench import Bench
 from tests.families import make_family
 
+REPLACED = {"recall", "csr", "text"}
+
 EXACT = {"rope": True, "output_gate": False}
 SMALL = [
     "selection.length=224", "selection.haystacks=2", "selection.items=3", "selection.kl_sequences=3",
@@ -79,7 +81,7 @@ def desk(reader, bpe, tmp_path: Path) -> Desk:
 
 
 def test_the_evidence_tells_the_broken_layer_from_those_that_equal_their_attention(desk: Desk, tmp_path: Path) -> None:
-    found = gather(desk, tmp_path, {"replaced", "restored"})
+    found = gather(desk, tmp_path, {*REPLACED, "restored"})
     assert found.original["text"] == {"kl": 0.0}
     for entry in found.replaced:
         differs = entry.layer in desk.broken
@@ -95,7 +97,7 @@ def test_the_evidence_tells_the_broken_layer_from_those_that_equal_their_attenti
 
 
 def test_each_sample_is_an_independent_one_and_has_a_value_for_every_layer(desk: Desk, tmp_path: Path) -> None:
-    found = gather(desk, tmp_path, {"replaced"})
+    found = gather(desk, tmp_path, REPLACED)
     sizes = {"needles": 2, "lists": 2, "continuation": 3, "text": 3}
     for entry in found.replaced:
         assert entry.samples is not None
@@ -108,34 +110,43 @@ def test_each_sample_is_an_independent_one_and_has_a_value_for_every_layer(desk:
 
 
 def test_what_is_there_is_not_measured_again_and_more_is_added_to_it(desk: Desk, tmp_path: Path, monkeypatch) -> None:
-    first = gather(desk, tmp_path, {"replaced"})
+    first = gather(desk, tmp_path, REPLACED)
     seen: list[str] = []
     monkeypatch.setattr(
         TextProbe, "unit", lambda self, a, b, unit=TextProbe.unit: seen.append("text") or unit(self, a, b)
     )
-    assert gather(desk, tmp_path, {"replaced"}) == first and seen == []
-    more = gather(desk, tmp_path, {"replaced", "restored"})
+    assert gather(desk, tmp_path, REPLACED) == first and seen == []
+    more = gather(desk, tmp_path, {*REPLACED, "restored"})
     assert seen and more.replaced == first.replaced and len(more.restored) == 4
 
 
+def test_a_need_has_its_own_tasks_measured_and_the_file_keeps_those_before(desk: Desk, tmp_path: Path) -> None:
+    recall = gather(desk, tmp_path, {"recall"})
+    assert set(recall.costs["replaced"]) == {"needles", "lists"} and "text" not in recall.original
+    assert recall.spent({"text"}, 100) == 0.0 < recall.spent({"recall"}, recall.cost("replaced", ["needles"]))
+    text = gather(desk, tmp_path, {"text"})
+    assert set(text.costs["replaced"]) == {"needles", "lists", "text"} and "continuation" not in text.original
+    assert read_scores(tmp_path / "evidence.json") == text
+
+
 def test_processes_share_the_measurements(desk: Desk, tmp_path: Path) -> None:
-    whole = gather(desk, tmp_path / "whole", {"replaced", "restored"})
+    whole = gather(desk, tmp_path / "whole", {*REPLACED, "restored"})
     for rank in (0, 1):
-        measure(desk, tmp_path / "shared", {"replaced", "restored"}, rank, 2)
-    shared = gather(desk, tmp_path / "shared", {"replaced", "restored"})
+        measure(desk, tmp_path / "shared", {*REPLACED, "restored"}, rank, 2)
+    shared = gather(desk, tmp_path / "shared", {*REPLACED, "restored"})
     assert replace(shared, seconds={}) == replace(whole, seconds={})
 
 
 def test_a_new_alignment_is_swept_anew(reader, bpe, tmp_path: Path) -> None:
-    old = gather(Desk(reader, bpe, tmp_path), tmp_path, {"replaced"})
-    new = gather(Desk(reader, bpe, tmp_path, broken=(0, 1)), tmp_path, {"replaced"})
+    old = gather(Desk(reader, bpe, tmp_path), tmp_path, REPLACED)
+    new = gather(Desk(reader, bpe, tmp_path, broken=(0, 1)), tmp_path, REPLACED)
     assert [e.scores["text"]["kl"] > 1e-3 for e in old.replaced] == [False, False, True, False]
     assert [e.scores["text"]["kl"] > 1e-3 for e in new.replaced] == [True, True, False, False]
 
 
 def test_prices_are_what_the_evidence_then_costs(desk: Desk, tmp_path: Path) -> None:
     asked = prices(desk)
-    found = gather(desk, tmp_path, {"replaced", "restored"})
+    found = gather(desk, tmp_path, {*REPLACED, "restored"})
     assert (asked.layers, asked.keep) == (4, 1)
     assert found.cost("replaced", ["needles", "lists"]) == 5 * asked.recall
     assert found.cost("replaced", ["continuation"]) == 5 * asked.csr
@@ -292,7 +303,7 @@ def test_a_measurement_that_cannot_be_says_why(bench: Bench, arguments, message:
 def test_a_question_has_what_its_selectors_read(desk: Desk) -> None:
     plain = question(desk, {"workbench"}, 1)
     assert plain.evidence is None and plain.require_workbench("x").layers == 4
-    swept = question(desk, {"replaced"}, 2, given=(0, 1))
+    swept = question(desk, REPLACED, 2, given=(0, 1))
     assert swept.workbench is None and len(swept.require("x").replaced) == 4
     assert (swept.layers, swept.keep, swept.given) == (4, 2, (0, 1))
     assert question(desk, frozenset(), 1).evidence is None
@@ -300,7 +311,7 @@ def test_a_question_has_what_its_selectors_read(desk: Desk) -> None:
 
 def test_candidates_are_trained_one_by_one_and_their_last_losses_kept(desk: Desk, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="restore_tokens 0"):
-        gather(desk, tmp_path, {"replaced", "redistilled"})
+        gather(desk, tmp_path, {*REPLACED, "redistilled"})
     desk.recipe = replace(desk.recipe, selection=replace(desk.recipe.selection, restore_tokens=640))
     trained: list[int] = []
 
@@ -314,7 +325,7 @@ def test_candidates_are_trained_one_by_one_and_their_last_losses_kept(desk: Desk
     monkeypatch.setattr(gathering, "_trained", train)
     measure(desk, tmp_path, {"redistilled"}, rank=1, size=2)
     assert trained == [1, 3]
-    found = gather(desk, tmp_path, {"replaced", "redistilled"})
+    found = gather(desk, tmp_path, {*REPLACED, "redistilled"})
     assert trained == [1, 3, 0, 2]
     assert list(found.scores("redistilled", ["text"], "train_kl")) == [0, 0.125, 0.25, 0.375]
     kl = found.scores("redistilled", ["text"], "kl")

@@ -12,8 +12,10 @@ from halobench.mixers.contract import Mixer
 from halobench.surgery.planted import Mixture
 from halobench.surgery.selection.evidence import Evidence
 
-# What a selector reads: parts of the evidence, or the workbench on which it measures sets of layers itself.
-Need = Literal["replaced", "restored", "redistilled", "workbench"]
+# What a selector reads. Of the teacher with each layer replaced in turn: "recall", commonsense ("csr"), held-out
+# "text". Of the all-linear student with each layer restored: its KL on text, as it is ("restored") or after training
+# ("redistilled"). Or the "workbench", on which it measures sets of layers itself.
+Need = Literal["recall", "csr", "text", "restored", "redistilled", "workbench"]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,6 @@ from halobench.errors import UserError
 from halobench.surgery.selection.evidence import Evidence, Part
 from halobench.surgery.selection.uncertainty import RESAMPLES
 
-TEXT = ["text"]  # the task of held-out text
-
 
 def layer_scores(evidence: Evidence, part: Part, tasks: list[str], metric: str | None, what: str) -> np.ndarray:
     """Mean over `tasks` of `metric` with layer i changed, (layers,); `what` names the tasks in an error."""

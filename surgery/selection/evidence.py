@@ -23,6 +23,7 @@ from halobench.files import write_json
 Scores = dict[str, dict[str, float]]
 Samples = dict[str, dict[str, list[float]]]
 Part = Literal["replaced", "restored", "redistilled"]
+TEXT = ["text"]  # the task of held-out text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,9 +155,11 @@ class Evidence:
 
     def spent(self, needs: Collection[str], tokens: int) -> float:
         """Seconds that `tokens` of what was measured for these needs took, at the mean speed of those measurements."""
-        parts = [part for part in self.costs if part in needs]
-        total = sum(sum(self.costs[part].values()) for part in parts)
-        taken = sum(sum(self.seconds.get(part, {}).values()) for part in parts)
+        replaced = {"recall": self.recall_tasks, "csr": self.csr_tasks, "text": TEXT}
+        read = [("replaced", task) for need in replaced if need in needs for task in replaced[need]]
+        read += [(part, task) for part in ("restored", "redistilled") if part in needs for task in TEXT]
+        total = sum(self.cost(part, [task]) for part, task in read)
+        taken = sum(self.seconds.get(part, {}).get(task, 0.0) for part, task in read)
         return taken * min(1.0, tokens / total) if total else 0.0
 
     def cost(self, part: str, tasks: list[str]) -> int:

@@ -67,7 +67,7 @@ class Halo:
     name: ClassVar[str] = "halo"
     label: ClassVar[str] = "HALO"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.22156"
-    needs: ClassVar[frozenset[Need]] = frozenset({"replaced"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"recall", "csr"})
 
     eps: float = 1e-6
     cap: float | None = None
@@ -105,7 +105,7 @@ class RecallDrop:
     name: ClassVar[str] = "jet-nemotron"
     label: ClassVar[str] = "recall drop"
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.22156"
-    needs: ClassVar[frozenset[Need]] = frozenset({"replaced"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"recall"})
 
     def price(self, prices: Prices) -> int:
         """Teacher and every single replacement, on recall."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking
-from halobench.surgery.selection.draws import TEXT, drawn, layer_scores
+from halobench.surgery.selection.draws import drawn, layer_scores
+from halobench.surgery.selection.evidence import TEXT
 from halobench.surgery.selection.uncertainty import ranked
 
 

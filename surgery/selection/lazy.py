@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking
-from halobench.surgery.selection.draws import TEXT, drawn, layer_scores
+from halobench.surgery.selection.draws import drawn, layer_scores
+from halobench.surgery.selection.evidence import TEXT
 from halobench.surgery.selection.uncertainty import ranked
 
 
@@ -21,7 +22,7 @@ class LightTransfer:
     name: ClassVar[str] = "lighttransfer"
     label: ClassVar[str] = "LightTransfer"
     paper: ClassVar[str] = "https://arxiv.org/abs/2410.13846"
-    needs: ClassVar[frozenset[Need]] = frozenset({"replaced"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"text"})
 
     def price(self, prices: Prices) -> int:
         """The teacher once, on held-out text."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking
-from halobench.surgery.selection.draws import TEXT, drawn, layer_scores
+from halobench.surgery.selection.draws import drawn, layer_scores
+from halobench.surgery.selection.evidence import TEXT
 from halobench.surgery.selection.uncertainty import ranked
 
 ANSWER = "answer_logprob"
@@ -23,7 +24,7 @@ class AnswerLikelihood:
     name: ClassVar[str] = "nll"
     label: ClassVar[str] = "answer NLL"
     paper: ClassVar[str] = "https://arxiv.org/abs/2606.27791"
-    needs: ClassVar[frozenset[Need]] = frozenset({"replaced"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"recall"})
 
     def price(self, prices: Prices) -> int:
         """Teacher and every single replacement, on recall."""
@@ -51,7 +52,7 @@ class KlDrop:
     name: ClassVar[str] = "kl-drop"
     label: ClassVar[str] = "KL drop"
     paper: ClassVar[str] = "https://arxiv.org/abs/2512.20569"
-    needs: ClassVar[frozenset[Need]] = frozenset({"replaced"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"text"})
 
     def price(self, prices: Prices) -> int:
         """Teacher and every single replacement, on held-out text."""

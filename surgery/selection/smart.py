@@ -9,7 +9,8 @@ import numpy as np
 
 from halobench.errors import UserError
 from halobench.surgery.selection.contract import Need, Prices, Question, Ranking
-from halobench.surgery.selection.draws import TEXT, drawn, layer_scores
+from halobench.surgery.selection.draws import drawn, layer_scores
+from halobench.surgery.selection.evidence import TEXT
 from halobench.surgery.selection.uncertainty import SURE, ranked, with_layers
 
 

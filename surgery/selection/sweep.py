@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -154,7 +154,7 @@ class Sweep:
     Args:
         carrier: a hybrid that changes nothing, in evaluation mode; back in that state after every unit.
         mixers: the aligned mixer of every layer, on the carrier's device and of its dtype.
-        probes: the tasks of each part. A task that is added later is measured by itself.
+        probes: the tasks of each part, of which `measure` does those it is asked for.
         folder: of this sweep alone; see `sweep_folder`.
         unit_tokens: tokens of a unit, of which every layer's hidden states are kept at a time.
     """
@@ -174,13 +174,13 @@ class Sweep:
         self.places = {part: [p for probe in some for p in cut(probe, unit_tokens)] for part, some in probes.items()}
         self._fits: dict[str, int] = {}  # samples of a task that fit the memory, once more did not
 
-    def measure(self, parts: Sequence[SweptPart], rank: int = 0, size: int = 1) -> None:
-        """Measures what is missing of `parts`, of every `size`-th unit from the `rank`-th on."""
-        units = [(part, place) for part in parts for place in self.places[part]]
+    def measure(self, tasks: Mapping[SweptPart, Collection[str]], rank: int = 0, size: int = 1) -> None:
+        """Measures what is missing of these tasks of each part, of every `size`-th unit from the `rank`-th on."""
+        units = [(part, p) for part, names in tasks.items() for p in self.places[part] if p.probe.name in names]
         missing = [(part, place) for part, place in units[rank::size] if not self._file(part, place).exists()]
         models = len(self.layers) + 1
         total = sum(place.tokens * (models + _sees_teacher(part, place.probe)) for part, place in missing)
-        with Progress("sweep", total, every=10.0) as progress:
+        with Progress("sweep", total, every=10.0, quiet=rank > 0) as progress:
             for part, place in missing:
                 started = time.monotonic()
                 rows, meter = self._fitting(part, place, progress)
@@ -188,13 +188,17 @@ class Sweep:
                 answer["seconds"] = round(time.monotonic() - started, 3)
                 write_json(self._file(part, place), answer)
 
-    def collect(self, part: SweptPart) -> Found:
-        """A part whose units are all there."""
+    def collect(self, part: SweptPart) -> Found | None:
+        """The tasks of a part whose units are all there, whenever they were measured; None when there are none."""
+        lacking = {place.probe.name for place in self.places[part] if not self._file(part, place).exists()}
+        complete = [place for place in self.places[part] if place.probe.name not in lacking]
+        if not complete:
+            return None
         rows: list[Samples] = [{} for _ in range(len(self.layers) + 1)]
         tokens: dict[str, int] = {}
         seconds: dict[str, float] = {}
         meter = Meter()
-        for place in self.places[part]:
+        for place in complete:
             found, task = read_json(self._file(part, place)), place.probe.name
             tokens[task] = tokens.get(task, 0) + found["tokens"]
             seconds[task] = seconds.get(task, 0.0) + found["seconds"]

@@ -48,10 +48,17 @@ class Alignment(Objective):
         total = torch.zeros((), device=inputs.device)
         context = MixerContext.plain(inputs.shape[1], inputs.device)
         for layer, (hidden, tables, target, *_) in seen.items():
-            output = self.mixers[layer](hidden, position_embeddings=tables, context=context)
+            mixer = self.mixers[layer]
+            # A teacher may hold bf16 where mixers train in fp32; under autocast that is autocast's business.
+            given = hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(_dtype(mixer))
+            output = mixer(given, position_embeddings=tables, context=context)
             error_B = (output.float() - target.float()).square().mean((1, 2))
             share_B = error_B / target.float().square().mean((1, 2)).clamp_min(1e-12)
             self._errors[layer] = share_B.detach().mean()
             total = total + (share_B if self.relative else error_B).sum()
         length = inputs.shape[1]
         return total / len(seen) * length, torch.tensor(float(inputs.numel()), device=inputs.device)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

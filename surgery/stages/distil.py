@@ -14,6 +14,14 @@ from halobench.surgery.heads import final_hidden, head_parameters, unembed
 from halobench.surgery.objective import Objective
 
 
+def check_loss(temperature: float, ce_share: float) -> None:
+    """Raises UserError for what is no temperature or no share; see Distillation."""
+    if not temperature > 0:
+        raise UserError(f"temperature is {temperature}; it must be above 0 (1 is the paper's)")
+    if not 0 <= ce_share <= 1:
+        raise UserError(f"ce_share is {ce_share}; it is a share from 0 (KL alone) to 1 (text alone)")
+
+
 class Distillation(Objective):
     """Objective: mean over all tokens of (1 - share) T^2 KL(teacher || student) + share CE(next token).
 
@@ -29,10 +37,7 @@ class Distillation(Objective):
     def __init__(
         self, student: Any, teacher: Any, name: str = "distil", *, temperature: float = 1.0, ce_share: float = 0.0
     ) -> None:
-        if not temperature > 0:
-            raise UserError(f"{name}: temperature is {temperature}; it must be above 0 (1 is the paper's)")
-        if not 0 <= ce_share <= 1:
-            raise UserError(f"{name}: ce_share is {ce_share}; it must be between 0 (KL alone) and 1 (text alone)")
+        check_loss(temperature, ce_share)
         self.student, self.teacher, self.name = student, teacher, name
         self.temperature, self.ce_share = temperature, ce_share
         self.module = student

@@ -108,10 +108,11 @@ def scaled_layers(model: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def search_scale(model: Any, data: Mixture, config: ScaleSearch, device: str) -> FoundScale:
+def search_scale(model: Any, data: Mixture, config: ScaleSearch, device: str, *, quiet: bool = False) -> FoundScale:
     """Tries each candidate on the same held-out sequences, then `refine` values around the best.
 
-    The model leaves as it came. Raises UserError for candidates that are no scales, and as `scaled_layers` does.
+    The model leaves as it came; `quiet` shows no progress. Raises UserError for candidates that are no scales, and as
+    `scaled_layers` does.
     """
     layers = scaled_layers(model)
     _check(config)
@@ -122,7 +123,8 @@ def search_scale(model: Any, data: Mixture, config: ScaleSearch, device: str) ->
         for length in sorted(set(config.lengths))
     ]
     tried: dict[str, Tried] = {}
-    with Progress("scale", len(config.candidates) + config.refine, unit="values", every=10.0) as progress:
+    size = len(config.candidates) + config.refine
+    with Progress("scale", size, unit="values", every=10.0, quiet=quiet) as progress:
 
         def attempt(a: float | None) -> Tried:
             if scale_name(a) not in tried:
