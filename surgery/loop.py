@@ -28,7 +28,7 @@ from halobench.progress import Progress, say
 from halobench.surgery import gates, trackers
 from halobench.surgery.anatomy import evaluating
 from halobench.surgery.objective import LossModule, Objective
-from halobench.surgery.optim import OptimConfig, Optimizer, rate_factor, table_ids
+from halobench.surgery.optim import OptimConfig, Optimizer, rate_factor
 from halobench.surgery.parallel import Team, agree, fill, local, make_accelerator, whole, wrap
 from halobench.surgery.planted import Sequence
 from halobench.surgery.training_state import Checkpoints, Saved, at, differences
@@ -175,7 +175,7 @@ class Loop:
         )
         self.model, self._unwrap = wrap(LossModule(objective, config.precision), self.accelerator, self.team)
         self.named = gates.trained(objective.module)
-        self.optimizer = Optimizer(self.named, config.optim, table_ids(objective.module))
+        self.optimizer = Optimizer(self.named, config.optim, objective.module)
         self.checkpoints = Checkpoints(folder, config.keep_checkpoints)
         expected = [] if objective.idle else [name for name, _ in self.named]
         self.reach = gates.Reach(objective.name, expected, speaks=self.team.leads)

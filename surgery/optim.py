@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from halobench.errors import UserError
+from halobench.surgery.anatomy import attention_modules
 from halobench.surgery.parallel import like, whole
 
 
@@ -20,7 +22,8 @@ class OptimConfig:
     `rate` is AdamW's peak learning rate and `matrix_rate`, when given, hands every weight matrix but the embeddings to
     Muon (momentum with orthogonalised updates) at that rate. Rates follow one schedule: linear warm-up over
     `warmup_steps`, then `schedule` down to `final` times the peak. "wsd" holds the peak and decays over the last
-    `decay` share of the stage.
+    `decay` share of the stage. `rest_rate`, when given, is AdamW's for what is no token mixing (neither attention nor
+    what took its place), as in KL-LS.
     """
 
     rate: float
@@ -29,10 +32,15 @@ class OptimConfig:
     decay: float = 0.2
     warmup_steps: int = 50
     matrix_rate: float | None = None
+    rest_rate: float | None = None
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.0
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.matrix_rate is not None and self.rest_rate is not None:
+            raise UserError("optim has a matrix_rate (Muon) and a rest_rate (AdamW in two parts); give one of them")
 
 
 def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
@@ -56,29 +64,46 @@ def table_ids(module: nn.Module) -> frozenset[int]:
     return frozenset(id(p) for m in [*tables, *([head] if head is not None else [])] for p in m.parameters())
 
 
+def mixing_ids(module: nn.Module) -> frozenset[int]:
+    """Ids of the parameters of a language model's attention and of the mixers in its place.
+
+    Raises:
+        UserError: the module is no decoder; then it has no rest that could have another rate.
+    """
+    model: Any = getattr(module, "backbone", module)
+    if not hasattr(model, "get_decoder"):
+        raise UserError("optim.rest_rate is for stages that train a whole model, not mixers alone; take it out")
+    return frozenset(id(p) for part in attention_modules(model).values() for p in part.parameters())
+
+
 class Optimizer:
     """AdamW, with Muon for the matrices when the configuration asks for it, behind one face.
 
     Args:
         parameters: (name, parameter) pairs that train; their order decides that of the saved state.
         config: see OptimConfig.
-        tables: ids of parameters that stay on AdamW; see table_ids.
+        module: that they belong to; it tells tables (which stay on AdamW) and token mixing from the rest.
     """
 
-    def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, tables: frozenset[int] = frozenset()
-    ) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, module: nn.Module) -> None:
         self.config = config
         self.parameters = [p for _, p in parameters]
+        tables = table_ids(module)
         maps = [p for p in self.parameters if p.ndim == 2 and id(p) not in tables]
         matrices = maps if config.matrix_rate is not None else []
         chosen = {id(p) for p in matrices}
-        rest = [p for p in self.parameters if id(p) not in chosen]
+        others = [p for p in self.parameters if id(p) not in chosen]
+        groups = [(others, config.rate)]
+        if config.rest_rate is not None:
+            mixing = mixing_ids(module)
+            apart = [p for p in others if id(p) not in mixing]
+            groups = [([p for p in others if id(p) in mixing], config.rate), (apart, config.rest_rate)]
         betas = (config.beta1, config.beta2)
         self.parts: list[tuple[torch.optim.Optimizer, float]] = []
-        if rest:
-            adam = torch.optim.AdamW(rest, lr=config.rate, betas=betas, weight_decay=config.weight_decay, fused=True)
-            self.parts.append((adam, config.rate))
+        for group, rate in groups:
+            if group:
+                adam = torch.optim.AdamW(group, lr=rate, betas=betas, weight_decay=config.weight_decay, fused=True)
+                self.parts.append((adam, rate))
         if matrices and config.matrix_rate is not None:
             muon = torch.optim.Muon(matrices, lr=config.matrix_rate, weight_decay=config.weight_decay, momentum=0.95)
             self.parts.append((muon, config.matrix_rate))

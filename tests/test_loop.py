@@ -12,12 +12,13 @@ from accelerate.tracking import GeneralTracker, on_main_process, register_tracke
 
 from halobench.errors import UserError
 from halobench.surgery.loop import Loop
-from halobench.surgery.optim import OptimConfig, rate_factor
+from halobench.surgery.optim import OptimConfig, Optimizer, rate_factor
+from halobench.surgery.plan import SurgeryPlan
 from halobench.surgery.planted import Sequence
 from halobench.surgery.stages.align import Alignment
 from halobench.surgery.stages.distil import Distillation
 from halobench.surgery.stages.language import LanguageModelling
-from halobench.surgery.transplant import build_mixers
+from halobench.surgery.transplant import build_mixers, transplant
 from tests.conftest import make_pico
 from tests.pico_training import PLAIN, Numbers, config, losses, make_loop, rows, same, train, weights
 
@@ -255,3 +256,19 @@ def test_the_schedules_meet_their_ends() -> None:
     assert rate_factor(wsd, 49, 100) == 1.0
     assert rate_factor(wsd, 75, 100) == pytest.approx(0.5)
     assert rate_factor(OptimConfig(rate=1.0, schedule="constant", warmup_steps=0), 99, 100) == 1.0
+
+
+def test_what_mixes_tokens_and_the_rest_have_their_own_rates(tmp_path: Path) -> None:
+    """Adam's first step moves every weight by its rate, whatever the gradient."""
+    plan = SurgeryPlan.for_model(make_pico(), keep=[1])
+    student = transplant(make_pico(), plan).train()
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    rates = OptimConfig(rate=1e-2, rest_rate=1e-4, warmup_steps=0, schedule="constant", clip=1e9)
+    Loop(tmp_path, LanguageModelling(student, "test"), Numbers(), config(tokens=64, optim=rates)).run()
+    moved = {name: (p.detach() - before[name]).abs().max().item() for name, p in student.named_parameters()}
+    for name, most in moved.items():
+        assert most == pytest.approx(1e-2 if "self_attn" in name else 1e-4, rel=0.02), name
+    with pytest.raises(UserError, match="rest_rate is for stages that train a whole model"):
+        Optimizer([], rates, torch.nn.ModuleDict({"0": torch.nn.Linear(2, 2)}))
+    with pytest.raises(UserError, match="give one of them"):
+        OptimConfig(rate=1e-2, rest_rate=1e-4, matrix_rate=1e-2)

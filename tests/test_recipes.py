@@ -79,13 +79,14 @@ def test_radlads_has_the_numbers_of_its_paper(size: str) -> None:
 
 
 @pytest.mark.parametrize("size", HALO_RATES)
-def test_kl_ls_has_the_numbers_of_its_paper_but_for_the_second_rate(size: str) -> None:
+def test_kl_ls_has_the_numbers_of_its_paper(size: str) -> None:
     recipe = load_recipe(f"kl-ls-{size}", [])
     budget = recipe.tokens()
     assert (budget.align, budget.distil, budget.finetune) == (100 * 10**6, 600 * 10**6, 0)
     assert budget.select == pytest.approx(SIZES[size] * 200e6, rel=0.01)
     assert tokens_of_a_step(recipe)[:2] == [(512, 96), (4096, 32)]
     assert recipe.align.optim.rate == 1e-3 and recipe.distil.optim.schedule == "constant"
+    assert (recipe.distil.optim.rate, recipe.distil.optim.rest_rate) == (1e-4, 7e-6)
     assert not recipe.hype and recipe.scale is None and recipe.mixer == "gated_deltanet"
 
 
@@ -149,7 +150,10 @@ def test_a_recipe_extends_a_file_beside_it_wherever_the_command_runs(tmp_path: P
         ("extends: halo-tiny\nname: a\ndistil: {tokens: 0}\n", "of the stages only finetune may have no budget"),
         ("extends: halo-tiny\nname: a\nalign: {batch_tokens: 0}\n", "a.yaml.align: batch_tokens is 0; it must be 1"),
         ("extends: halo-tiny\nname: a\nalign: {lengths: []}\n", "a.yaml.align: lengths is "),
-        ("extends: halo-tiny\nname: a\nfinetune: {batch_tokens: 100}\n", "batch_tokens 100 is below the longest of len"),
+        (
+            "extends: halo-tiny\nname: a\nfinetune: {batch_tokens: 100}\n",
+            "batch_tokens 100 is below the longest",
+        ),
         ("extends: halo-tiny\nname: a\ndistil: {planted: 40}\n", "a share from 0 .text alone. to 1"),
         ("- a\n", "must be a table"),
     ],
