@@ -18,6 +18,7 @@ RECORDS = ROOT / "benchmarks" / "demo"
 DOCS = ROOT / "docs"
 MEASURED = ROOT / "benchmarks" / "surgery"
 FAMILIES_RECORD = ROOT / "benchmarks" / "families.json"
+ORACLES = ROOT / "benchmarks" / "oracle"
 TEACHER_RECORDS = ROOT / "benchmarks" / "teacher"
 ROOMS = ("halobench", "surgery", "mixers", "kernels", "tasks", "reports")
 
@@ -50,6 +51,13 @@ def leaderboard() -> str:
     from halobench.reports.leaderboard import short_leaderboard
 
     return short_leaderboard(find_records(RECORDS))
+
+
+def oracle() -> str:
+    """What the committed oracles say of the selectors."""
+    from halobench.reports.oracle_page import oracle_page
+
+    return oracle_page(find_records(ORACLES))
 
 
 def teacher_metrics() -> str:
@@ -155,6 +163,7 @@ def sections() -> list[tuple[Path, str, str]]:
         (DOCS / "mixers.md", "measured", measured()),
         (DOCS / "mixers.md", "transfer", transfer()),
         (DOCS / "extending.md", "laws", laws()),
+        (DOCS / "oracle.md", "oracle", oracle()),
     ]
 
 
@@ -164,9 +173,12 @@ def stale() -> list[str]:
 
 
 def refresh() -> None:
-    """Rewrites the generated sections."""
+    """Rewrites the generated sections, and the oracle's picture."""
+    from halobench.reports.oracle_plot import plot_oracle
+
     for path, name, text in sections():
         update_section(path, name, text)
+    plot_oracle(find_records(ORACLES), DOCS / "oracle.png")
 
 
 if __name__ == "__main__":

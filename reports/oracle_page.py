@@ -136,7 +136,7 @@ def _real(studies: Sequence[Study]) -> str:
             winner, loser = (a, b) if d.mean() > 0 else (b, a)
             low, high = np.quantile(d * np.sign(d.mean()), [0.025, 0.975])
             ahead.setdefault(winner, []).append(f"{escape(study.label(loser))} ({low:.2f} to {high:.2f})")
-    same = [f"{escape(study.label(a))} = {escape(study.label(b))}" for a, b in _equal(study)]
+    same = [" = ".join(escape(study.label(name)) for name in group) for group in _alike(study)]
     lines = [
         f"- **{escape(study.label(name))}** loses less than {', '.join(ahead[name])}."
         for name in sorted(ahead, key=study.regret)
@@ -156,9 +156,12 @@ def _real(studies: Sequence[Study]) -> str:
     )
 
 
-def _equal(study: Study) -> list[tuple[str, str]]:
-    names = study.methods
-    return [(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if study.chosen(a) == study.chosen(b)]
+def _alike(study: Study) -> list[list[str]]:
+    """Selectors that made the same choice for every teacher, in groups of two or more."""
+    groups: dict[tuple[Set, ...], list[str]] = {}
+    for name in study.methods:
+        groups.setdefault(tuple(study.chosen(name)), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _teacher(studies: Sequence[Study], place: int) -> str:

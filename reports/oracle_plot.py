@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
 
-_SIDE, _GAP, _TOP, _BOTTOM = 3.35, 0.75, 0.95, 0.75  # inches
+_SIDE, _GAP, _TOP, _BOTTOM = 3.35, 0.75, 1.05, 0.75  # inches
+_LEAST = 6.2  # inches that the heading takes
 
 
 def plot_oracle(records: Sequence[RunRecord], path: Path) -> Path:
@@ -26,12 +27,12 @@ def plot_oracle(records: Sequence[RunRecord], path: Path) -> Path:
     oracles = [Oracle(record, RECALL) for record in records]
     if any(oracle.keep != 2 for oracle in oracles):
         raise HalobenchError("a map of sets is drawn for studies that keep two layers")
-    width = 0.5 + len(oracles) * (_SIDE + _GAP)
+    width = max(_LEAST, 0.5 + len(oracles) * (_SIDE + _GAP))
     height = _TOP + _SIDE + _BOTTOM
     figure = canvas.page(width, height)
     canvas.heading(
         figure,
-        "Which two layers stay softmax decides whether the hybrid retrieves",
+        "What each pair of kept layers is worth",
         "answer log-likelihood after conversion, nats an answer, mean over lengths; seed 0",
         0.3 / width,
     )
@@ -40,7 +41,8 @@ def plot_oracle(records: Sequence[RunRecord], path: Path) -> Path:
         left = (0.5 + place * (_SIDE + _GAP)) / width
         axes = figure.add_axes((left, _BOTTOM / height, _SIDE / width, _SIDE / height))
         image = _triangle(axes, oracle, low, high)
-    bar = figure.add_axes((1 - 0.36 / width, _BOTTOM / height, 0.1 / width, _SIDE / height))
+    end = 0.5 + len(oracles) * (_SIDE + _GAP) - _GAP
+    bar = figure.add_axes(((end + 0.12) / width, _BOTTOM / height, 0.1 / width, _SIDE / height))
     figure.colorbar(image, cax=bar).ax.tick_params(labelsize=7.5, length=0, colors=canvas.SOFT)
     figure.text(0.3 / width, 0.1 / height, "numbers: how many selectors chose the pair; ring: the best judged pair",
                 size=8, color=canvas.SOFT, va="bottom")  # fmt: skip
