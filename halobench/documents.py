@@ -60,6 +60,13 @@ def oracle() -> str:
     return oracle_page(find_records(ORACLES))
 
 
+def oracle_short() -> str:
+    """The same as one table."""
+    from halobench.reports.oracle_page import oracle_table
+
+    return oracle_table(find_records(ORACLES))
+
+
 def teacher_metrics() -> str:
     """What the embedded teacher was measured at, as a table."""
     from halobench.reports.table import number, render
@@ -157,6 +164,7 @@ def sections() -> list[tuple[Path, str, str]]:
     return [
         (readme, "tree", tree()),
         (readme, "leaderboard", leaderboard()),
+        (readme, "oracle", oracle_short()),
         (card, "metrics", teacher_metrics()),
         (DOCS / "families.md", "families", families()),
         (DOCS / "mixers.md", "mixers", mixers()),

@@ -61,13 +61,24 @@ class Study:
 
 def oracle_page(records: Sequence[RunRecord]) -> str:
     """The whole page, as Markdown, from the oracles' records of one or more teachers."""
-    studies = [Study(goal, [Oracle(record, goal) for record in records]) for goal in GOALS]
-    if len({(o.keep, o.layers, str(o.record.settings["oracle"])) for o in studies[0].oracles}) > 1:
-        raise HalobenchError("these oracles differ in layers, kept layers or settings; report each by itself")
+    studies = _studies(records)
     parts = [_opening(studies[0]), "## Selectors\n\n" + _selectors(studies), "## What is real\n\n" + _real(studies)]
     parts += ["## By teacher\n\n" + "\n\n".join(_teacher(studies, place) for place in range(len(records)))]
     parts += ["## Agreement\n\n" + _agreement(studies[0])]
     return "\n\n".join(parts) + "\n"
+
+
+def oracle_table(records: Sequence[RunRecord]) -> str:
+    """The page's table of selectors alone, with what it was measured on."""
+    studies = _studies(records)
+    return f"{_selectors(studies)}\n\n{_opening(studies[0])}"
+
+
+def _studies(records: Sequence[RunRecord]) -> list[Study]:
+    studies = [Study(goal, [Oracle(record, goal) for record in records]) for goal in GOALS]
+    if len({(o.keep, o.layers, str(o.record.settings["oracle"])) for o in studies[0].oracles}) > 1:
+        raise HalobenchError("these oracles differ in layers, kept layers or settings; report each by itself")
+    return studies
 
 
 def _opening(study: Study) -> str:
