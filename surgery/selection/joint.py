@@ -2,7 +2,7 @@
 
 Scores of single layers cannot see that layers replace one another, and all are taken with positions in place and at the
 training length. Here a set is judged with its positions taken out already, by the log-likelihood of answers to longer
-recall prompts, while text stays near what the all-linear student makes of it.
+recall prompts, while text, read with positions in place, stays near what the all-linear student makes of it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Joint:
     samples: recall prompts each set is judged on. beyond: how many times the recipe's recall length they are.
     exchanges: passes over all exchanges after the greedy part; it ends earlier when none helps.
     bound: a set's KL to the teacher on text may exceed the all-linear student's by this share; sequences: measured on.
+        Positions are in place for it: what their removal costs on text, training mends, and a layer that retrieves
+        can be the one that it costs most.
     hype: take the positions out of the kept layers; None: where the conversion will.
     """
 
@@ -121,9 +123,7 @@ class _Search:
     def _kl(self, kept: Set) -> float:
         if kept not in self.text:
             options = self.options
-            found = self.bench.measure(
-                sorted(kept), "text", length=self.bench.prompt, samples=options.sequences, hype=self.hype
-            )
+            found = self.bench.measure(sorted(kept), "text", length=self.bench.prompt, samples=options.sequences)
             self.text[kept] = float(np.mean(found.samples["kl"]))
             self.tokens += found.tokens
         return self.text[kept]
