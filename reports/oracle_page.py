@@ -126,8 +126,9 @@ def _selectors(studies: Sequence[Study]) -> str:
     header = ["selector", "kept, by teacher", "regret (nats an answer)", "share of chance", "regret (needles found)",
               "regret (bits per byte)", "stability", "tokens"]  # fmt: skip
     return render(header, rows, text_columns=2) + (
-        "\nRegret: what the choice lost against the best judged set, mean over teachers; each seed's best set is "
-        "chosen by the other seeds, so that luck does not make it look better than it is; a regret may fall below 0. "
+        "\nRegret: what the choice lost against the best judged set, mean over teachers. The best of several noisy "
+        "means is too high by luck; how much is estimated by resampling and taken off, so the best set itself stands a "
+        "little below 0. "
         "Share of chance: 1 is no better than drawing layers at random. Stability: mean Kendall tau between the "
         "ranking and those of resampled evidence. Tokens: what the selection cost."
     )

@@ -53,7 +53,7 @@ GOALS = (RECALL, ACCURACY, TEXT)
 
 @dataclass(frozen=True)
 class Regret:
-    """What a choice lost: value (about 0 for the best; luck can make it negative), and its 95% interval.
+    """What a choice lost: value (about 0 for the best, or below by what is luck of its lead), and its 95% interval.
 
     best: share of resamples in which no judged set is better.
     """
@@ -122,17 +122,20 @@ class Oracle:
         return max(self.judged, key=lambda kept: float(np.mean(self.values(kept))))
 
     @cached_property
-    def top(self) -> float:
-        """What the best set is worth: its value with each seed, the set being chosen by the other seeds.
+    def luck(self) -> float:
+        """By how much the highest mean is too high: the highest of several noisy means owes part of its lead to luck.
 
-        The highest of several noisy means is too high by luck; a set that one seed did not help to choose is not.
+        Over resamples, the mean of how far the set that comes first there lies above its own mean, more than all do.
         """
-        most = max(map(len, self.judged.values()))
-        values = {kept: self.values(kept) for kept, runs in self.judged.items() if len(runs) == most}
-        if most < 2:
-            return max(v[0] for v in values.values())
-        chosen = [max(values, key=lambda kept: sum(values[kept]) - values[kept][seed]) for seed in range(most)]
-        return float(np.mean([values[kept][seed] for seed, kept in enumerate(chosen)]))
+        drawn = np.stack(list(self.drawn.values()))
+        means = np.array([np.mean(self.values(kept)) for kept in self.drawn])
+        raised = (drawn - means[:, None]).mean(0)  # easy haystacks are easy for all sets
+        return float((drawn.max(0) - means[drawn.argmax(0)] - raised).mean())
+
+    @cached_property
+    def top(self) -> float:
+        """What the best set is worth: the highest mean, less its luck."""
+        return float(np.mean(self.values(self.best))) - self.luck
 
     @cached_property
     def chance(self) -> float:
@@ -165,9 +168,9 @@ class Oracle:
         )  # fmt: skip
 
     def lost(self, kept: Set) -> np.ndarray:
-        """Resampled regret, (resamples,): against the best set, less what luck added to that set's mean."""
-        luck = float(np.mean(self.values(self.best))) - self.top
-        return self.drawn[self.best] - luck - self.drawn[kept]
+        """Resampled regret, (resamples,): against the set that is best there, less luck (the data's and the draw's)."""
+        first = np.stack(list(self.drawn.values())).max(0)
+        return first - 2 * self.luck - self.drawn[kept]
 
     def screening_agrees(self) -> float:
         """Correlation over the judged sets between seed 0 and the mean of the judges."""
