@@ -15,7 +15,7 @@ from halobench.reports.regret import ACCURACY, GOALS, Goal, Oracle, Set
 from halobench.reports.table import MISSING, Markup, clean, escape, number, render
 from halobench.units import format_count, format_length
 
-OURS = "joint"
+OURS, COSTLY = "joint", "kl-ls"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,10 @@ def _real(studies: Sequence[Study]) -> str:
     ]
     if study.unjudged:
         lines.append(f"- Left out, for a choice of theirs was not judged: {', '.join(map(escape, study.unjudged))}.")
-    lines += ["- Every other difference between selectors is within noise."]
+    lines += [
+        "- Every other difference between selectors is within noise.",
+        *_goal(study, dict(zip(pairs, adjusted, strict=True))),
+    ]
     if same:
         lines.append(f"- The same sets for every teacher: {'; '.join(same)}.")
     agree = ", ".join(f"{escape(o.teacher)} {o.screening_agrees():.2f}" for o in study.oracles)
@@ -166,6 +169,24 @@ def _real(studies: Sequence[Study]) -> str:
         "Regret on the answer log-likelihood, mean over teachers, 95% interval of the difference in brackets; only "
         f"differences with p < 0.05 after Holm's correction for {len(pairs)} pairs are named.\n\n" + "\n".join(lines)
     )
+
+
+def _goal(study: Study, adjusted: dict[tuple[str, str], float]) -> list[str]:
+    """Whether our own selector does what it is for: a lower regret than all others at a tenth of KL-LS's tokens."""
+    if OURS not in study.methods or COSTLY not in study.methods:
+        return []
+    rival = min((name for name in study.methods if name != OURS), key=study.regret)
+    behind = study.regrets(rival) - study.regrets(OURS)
+    low, high = np.quantile(behind, [0.025, 0.975])
+    p = adjusted.get((OURS, rival), adjusted.get((rival, OURS), 1.0))
+    ours, costly = (escape(study.label(name)) for name in (OURS, COSTLY))
+    place = "the lowest" if study.regret(OURS) < study.regret(rival) else "not the lowest"
+    tokens = [sum(o.methods[name]["cost_tokens"] for o in study.oracles) for name in (OURS, COSTLY)]
+    return [
+        f"- **{ours}** was to lose less than every other selector at under a tenth of {costly}'s tokens. Its regret is "
+        f"{place}: {escape(study.label(rival))} loses {behind.mean():.2f} nats more ({low:.2f} to {high:.2f}), which "
+        f"is {'real' if p < 0.05 else 'within noise'}. It reads {tokens[0] / max(tokens[1], 1):.0%} of {costly}'s tokens."
+    ]
 
 
 def _alike(study: Study) -> list[list[str]]:

@@ -125,6 +125,22 @@ def test_differences_of_pure_noise_are_seldom_named() -> None:
     assert named <= 5  # one in twenty by design, and the estimate of the noise is itself noisy
 
 
+def test_the_page_says_whether_our_selector_does_what_it_is_for() -> None:
+    def said(kept: tuple[int, ...], tokens: int) -> str:
+        made = record(noise=0.05)
+        methods = made.details["oracle"]["methods"]
+        methods["kl-ls"] = {**methods["halo"], "label": "KL-LS", "cost_tokens": tokens}
+        methods["joint"]["layers"] = list(kept)
+        made.details["oracle"]["agreement"] = {
+            "methods": list(methods), "tau": np.eye(4).tolist(), "overlap": np.eye(4).tolist()
+        }  # fmt: skip
+        return next(line for line in oracle_page([made]).splitlines() if "was to lose less" in line)
+
+    assert "Its regret is the lowest" in said(BEST, 20_000) and "which is real. It reads 5% of" in said(BEST, 20_000)
+    assert "Its regret is not the lowest" in said(BAD, 1_000) and "100% of KL-LS's" in said(BAD, 1_000)
+    assert "was to lose" not in oracle_page([record()])
+
+
 def test_equal_choices_are_said_to_be_equal_and_never_compared() -> None:
     made = record(noise=0.05)
     made.details["oracle"]["methods"]["even"]["layers"] = list(GOOD)
