@@ -182,10 +182,11 @@ def _goal(study: Study, adjusted: dict[tuple[str, str], float]) -> list[str]:
     ours, costly = (escape(study.label(name)) for name in (OURS, COSTLY))
     place = "the lowest" if study.regret(OURS) < study.regret(rival) else "not the lowest"
     tokens = [sum(o.methods[name]["cost_tokens"] for o in study.oracles) for name in (OURS, COSTLY)]
+    share = tokens[0] / max(tokens[1], 1)
     return [
         f"- **{ours}** was to lose less than every other selector at under a tenth of {costly}'s tokens. Its regret is "
         f"{place}: {escape(study.label(rival))} loses {behind.mean():.2f} nats more ({low:.2f} to {high:.2f}), which "
-        f"is {'real' if p < 0.05 else 'within noise'}. It reads {tokens[0] / max(tokens[1], 1):.0%} of {costly}'s tokens."
+        f"is {'real' if p < 0.05 else 'within noise'}. It reads {share:.0%} of {costly}'s tokens."
     ]
 
 
