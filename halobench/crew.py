@@ -59,13 +59,13 @@ class Crew:
 def _start_worker() -> None:
     import torch
 
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """A parent that was killed cannot stop its workers; they notice."""
     while os.getppid() == parent:
         time.sleep(1.0)

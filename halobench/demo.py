@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from halobench.crew import Crew
-from halobench.evaluation import EvalRequest, evaluate_model, profile_models
+from halobench.evaluation import EvalRequest, evaluate_model
 from halobench.groundwork import Ground, prepare
 from halobench.models import card_of
+from halobench.profiling import ProfileRequest, profile_models
 from halobench.progress import label_lines, say
 from halobench.recipe import Recipe
 from halobench.records import RunRecord
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 
 METHODS = ["halo", "jet-nemotron", "joint", "even"]
 LENGTHS = (512, 1024, 2048, 4096, 8192)  # to sixteen times the teacher's training length
-CONTEXTS = [512, 4096]
-REQUEST = EvalRequest(suites=("csr", "niah", "ppl"), lengths=LENGTHS, limits=(("csr", 160), ("niah", 12), ("ppl", 8)))
+CONTEXTS = (512, 4096)
+REQUEST = EvalRequest(
+    suites=("continuation", "niah", "ppl"),
+    lengths=LENGTHS,
+    limits=(("continuation", 160), ("niah", 12), ("ppl", 8)),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +62,12 @@ def run_demo(folder: Path, recipe: Recipe, workers: int | None) -> Path:
         say(f"convert: {len(variants)} students for {len(rankings)} selectors and the RoPE contrast")
         crew.do([*((_convert, v, recipe, folder) for v in variants), (_evaluate_teacher, folder)])
     say("profile: teacher and students take turns, the machine otherwise idle")
-    profile_models(["tiny", *(str(folder / v.name) for v in variants)], CONTEXTS, folder / "profile", "cpu")
-    paths = write_report([folder], folder)
-    say(f"finished in {format_seconds(time.monotonic() - started)}; look at:")
-    for path in paths:
-        say(f"  {path}")
+    request = ProfileRequest(contexts=CONTEXTS, device="cpu")
+    profile_models([str(folder / v.name) for v in variants], folder / "profile", request, vs="tiny")
+    write_report([folder], folder)
+    say(f"finished in {format_seconds(time.monotonic() - started)}; the plots and tables are beside these two:")
+    for name in ("leaderboard.md", "report.html"):
+        say(f"  {folder / name}")
     return folder / "leaderboard.md"
 
 

@@ -19,6 +19,7 @@ DOCS = ROOT / "docs"
 MEASURED = ROOT / "benchmarks" / "surgery"
 FAMILIES_RECORD = ROOT / "benchmarks" / "families.json"
 ORACLES = ROOT / "benchmarks" / "oracle"
+LONG_RECORDS = ROOT / "benchmarks" / "long"
 TEACHER_RECORDS = ROOT / "benchmarks" / "teacher"
 ROOMS = ("halobench", "surgery", "mixers", "kernels", "tasks", "reports")
 
@@ -65,6 +66,13 @@ def oracle_short() -> str:
     from halobench.reports.oracle_page import oracle_table
 
     return oracle_table(find_records(ORACLES))
+
+
+def long_contexts() -> str:
+    """What the committed evaluations to 512K tokens found and took."""
+    from halobench.reports.long_context import long_table
+
+    return long_table(find_records(LONG_RECORDS))
 
 
 def teacher_metrics() -> str:
@@ -172,6 +180,7 @@ def sections() -> list[tuple[Path, str, str]]:
         (DOCS / "mixers.md", "transfer", transfer()),
         (DOCS / "extending.md", "laws", laws()),
         (DOCS / "oracle.md", "oracle", oracle()),
+        (DOCS / "evaluation.md", "long", long_contexts()),
     ]
 
 

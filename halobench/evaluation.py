@@ -1,23 +1,42 @@
-"""Evaluating and profiling models into records: one record a model, finished suites kept when work is interrupted."""
+"""Evaluating models into records: one record a model, and nothing that is finished measured twice.
+
+Beside the record is a hidden folder with the samples and parts that were finished, and, while an evaluation is under
+way, the suites that were. The suites go when the record is written, for it has them; the samples stay, so that another
+length or a higher limit reads only what is new. The folder can be deleted at any time.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halobench.config import from_dict, to_dict
 from halobench.errors import UserError
 from halobench.files import read_json, write_json
 from halobench.models import card_of, load, resolve
 from halobench.progress import say
-from halobench.records import LedgerRow, Metric, ModelCard, RunRecord, read_record
+from halobench.provenance import file_hash, versions
+from halobench.records import ModelCard, RunRecord, read_record
+from halobench.units import format_count, format_seconds
+
+if TYPE_CHECKING:
+    from halobench.finished import Finished
+    from halobench.tasks.estimate import Estimate
+    from halobench.tasks.suites import Request, SuiteOutcome
+
+PATIENCE = 3600.0  # seconds that an evaluation may take without being asked for twice
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What to measure: suites, context lengths, samples (`limits` by suite go before `limit`), local data and seed."""
+    """What to measure: suites, context lengths, samples (`limits` by suite go before `limit`), local data and seed.
+
+    precision: a task at a length ends early when the 95% interval of its headline metric is narrower to each side.
+    """
 
     suites: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -25,16 +44,24 @@ class EvalRequest:
     limits: tuple[tuple[str, int], ...] = ()
     data_dir: Path | None = None
     seed: int = 0
+    precision: float | None = None
 
     def check(self) -> None:
-        """Raises UserError for what can be known to be wrong before any model is loaded."""
+        """Raises UserError for what can be known to be wrong before any model is loaded; says what has no effect."""
+        from halobench.tasks.schedule import check_precision
         from halobench.tasks.suites import parse_suites
 
         parse_suites(self.suites)
+        check_precision(self.precision)
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit {self.limit} leaves nothing to measure; give 1 or more")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} is negative; give 0 or more")
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(f"--data-dir {self.data_dir} is not a folder")
+        whole = [suite for suite in self.suites if "precision" not in self.settings(suite)]
+        if self.precision is not None and whole:
+            say(f"--precision ends tasks of numbered samples early; measured whole without it: {', '.join(whole)}")
 
     def limit_of(self, suite: str) -> int | None:
         """Samples of one suite."""
@@ -42,114 +69,223 @@ class EvalRequest:
 
     def settings(self, suite: str) -> dict[str, Any]:
         """What decides the numbers of one suite, as plain data."""
+        from halobench.tasks.suites import settings_of
+
+        return settings_of(
+            suite, lengths=self.lengths, limit=self.limit_of(suite), data_dir=self.data_dir, seed=self.seed,
+            precision=self.precision,
+        )  # fmt: skip
+
+
+class Evaluation:
+    """One model, loaded, and where its record goes; what an interrupted or an earlier evaluation has done is found."""
+
+    def __init__(self, name: str, out: Path, request: EvalRequest, device: str) -> None:
+        resolve(name)
+        self.name, self.request, self.device = name, request, device
+        self.model, self.tokenizer = load(name, device=device)
+        self.card = card_of(name, self.model)
+        self.path = out / f"{slug(self.card)}.eval.record.json"
+        self.folder = self.path.with_name(f".{self.path.name}.samples")
+        self.suites = list(dict.fromkeys(request.suites))
+        self._recorded, self.finished, self.backends = self._earlier()
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides all numbers beside the settings: of another identity nothing is taken."""
+        from halobench.assets import CONTINUATIONS, TEXT_HELDOUT, TEXT_LONG
+        from halobench.tasks.journal import tokenizer_fingerprint
+
         return {
-            "lengths": list(self.lengths),
-            "limit": self.limit_of(suite),
-            "data_dir": str(self.data_dir) if self.data_dir else None,
-            "seed": self.seed,
+            "model": self.card.hash,
+            "commit": getattr(self.model.config, "_commit_hash", None),
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "dtype": str(self.model.dtype),
+            "attention": _attention(self.model),
+            "device": self.device,
+            "texts": {path.name: file_hash(path) for path in (TEXT_HELDOUT, TEXT_LONG, CONTINUATIONS)},
+            "versions": versions(),
         }
+
+    def missing(self) -> list[str]:
+        """The suites that are still to be run with these settings."""
+        return [name for name in self.suites if not self._done(name, self.finished)]
+
+    def _done(self, suite: str, finished: dict[str, Finished]) -> bool:
+        return suite in finished and finished[suite].answers(self.request.settings(suite))
+
+    def _earlier(self) -> tuple[set[str], dict[str, Finished], dict[str, dict[str, str]]]:
+        """What is found of the same identity: suites of the record, those and an interrupted evaluation's, backends."""
+        from halobench.finished import Finished, merged, suites_in
+
+        finished = suites_in(read_record(self.path), self.identity) if self.path.exists() else {}
+        recorded = set(finished)
+        backends = {name: one.backends for name, one in finished.items()}
+        if self._under_way.exists():
+            found = read_json(self._under_way)
+            if found["identity"] == self.identity:
+                where = str(self._under_way)
+                newer = {name: from_dict(Finished, one, where) for name, one in found["suites"].items()}
+                recorded -= set(newer)
+                finished |= newer
+                backends |= {n: merged([backends.get(n, {}), more]) for n, more in found["backends"].items()}
+        return recorded, finished, backends
+
+    @property
+    def _under_way(self) -> Path:
+        return self.folder / "suites.json"
+
+    def _request(self, suite: str) -> Request:
+        """What a suite is asked to do, with the journals of this identity."""
+        from halobench.tasks.journal import Journals
+        from halobench.tasks.suites import Request
+
+        return Request(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            lengths=sorted(self.request.lengths),
+            limit=self.request.limit_of(suite),
+            seed=self.request.seed,
+            data_dir=self.request.data_dir,
+            device=self.device,
+            precision=self.request.precision,
+            journals=Journals(folder=self.folder, identity=self.identity),
+        )
+
+    def estimate(self) -> Estimate:
+        """What is still to be read, and how long this machine will take for it."""
+        from halobench.tasks.estimate import Estimate, Speed, measure_speed
+        from halobench.tasks.suites import probe_length, work_of
+
+        work = [row for name in self.missing() for row in work_of(name, self._request(name))]
+        longest, steps = probe_length(self.model, work), any(row.missing_steps for row in work)
+        idle = Speed(base=0.0, slope=0.0)
+        speed = measure_speed(self.model, longest, self.device, steps=steps) if longest else idle
+        return Estimate(model=self.card.name, work=work, speed=speed)
+
+    def run(self) -> RunRecord:
+        """Runs the suites that are missing and writes the record; one that has all of them already is left alone."""
+        from halobench.finished import Finished, make_record
+
+        missing = self.missing()
+        for name in self.suites:
+            if name not in missing:
+                say(f"suite {name}: done before, taken as it is")
+                continue
+            outcome = self._run_suite(name)
+            self.finished[name] = Finished(
+                settings=self.request.settings(name), backends=self.backends[name], outcome=outcome
+            )
+            self._save()
+        if not missing and self._recorded >= set(self.suites):
+            return read_record(self.path)
+        record = make_record(self.card, self.identity, self._kept())
+        self._set_aside(record)
+        record.save(self.path)
+        self._under_way.unlink(missing_ok=True)
+        return record
+
+    def _run_suite(self, name: str) -> SuiteOutcome:
+        """Runs a suite, and notes what really ran even when it is interrupted."""
+        from halobench.finished import merged
+        from halobench.surgery.hybrid import HybridForCausalLM, backends_of
+        from halobench.tasks.suites import run_suite
+
+        if isinstance(self.model, HybridForCausalLM):  # what ran before, for other numbers, is not this suite's
+            for mixer in self.model.mixer_modules().values():
+                mixer.used_backend = None
+        try:
+            return run_suite(name, self._request(name))
+        finally:
+            mixers = {f"mixer {mixer}": form for mixer, form in backends_of(self.model).items()}
+            ran = {"device": self.device, "attention": _attention(self.model), **mixers}
+            self.backends[name] = merged([self.backends.get(name, {}), ran])
+            self._save()
+
+    def _save(self) -> None:
+        suites = {name: to_dict(one) for name, one in self.finished.items()}
+        write_json(self._under_way, {"identity": self.identity, "suites": suites, "backends": self.backends})
+
+    def _kept(self) -> dict[str, Finished]:
+        """The suites asked for, and of the others those that measured something else."""
+        asked = {name: self.finished[name] for name in self.suites}
+        taken = {pair for one in asked.values() for pair in one.pairs}
+        others = {n: one for n, one in self.finished.items() if not one.pairs & taken and not one.truncated}
+        return asked | {name: one for name, one in others.items() if name not in asked}
+
+    def _set_aside(self, record: RunRecord) -> None:
+        """Renames an earlier record that has a suite which the new one has not; reports read both."""
+        if not self.path.exists():
+            return
+        earlier = read_record(self.path)
+        lost = sorted(set(earlier.settings) - set(record.settings))
+        if lost:
+            day = re.sub(r"[^0-9]", "", earlier.created)[:14]
+            aside = self.path.with_name(self.path.name.replace(".eval.", f".{day}.eval."))
+            self.path.rename(aside)
+            say(f"the earlier record has suite {', '.join(lost)}, measured otherwise; it is kept as {aside.name}")
+
+
+def _attention(model: Any) -> str:
+    return str(getattr(model.config, "_attn_implementation", ""))
 
 
 def evaluate_model(name: str, out: Path, request: EvalRequest, device: str) -> RunRecord:
-    """Measures one model; a suite that was finished before with the same settings is taken from the earlier work."""
-    from halobench.surgery.hybrid import backends_of
-    from halobench.tasks.suites import SuiteOutcome, evaluate
-
-    resolve(name)
-    model, tokenizer = load(name, device=device)
-    card = card_of(name, model)
-    path = out / f"{slug(card)}.eval.record.json"
-    partial = path.with_name(f".{path.name}.partial")
-    finished: dict[str, dict[str, Any]] = _finished(partial, path, card)
-    for suite in request.suites:
-        settings = request.settings(suite)
-        if suite in finished and finished[suite]["settings"] == settings:
-            say(f"suite {suite}: done before, taken as it is")
-            continue
-
-        def keep(outcome: SuiteOutcome, suite: str = suite, settings: dict[str, Any] = settings) -> None:
-            finished[suite] = {"settings": settings, **to_dict(outcome)}
-            write_json(partial, {"hash": card.hash, "suites": finished})
-
-        evaluate(
-            model,
-            tokenizer,
-            [suite],
-            request.lengths,
-            request.limit_of(suite),
-            seed=request.seed,
-            data_dir=request.data_dir,
-            device=device,
-            on_suite=keep,
-        )
-    chosen = {suite: finished[suite] for suite in request.suites}
-    record = RunRecord(
-        kind="eval",
-        model=card,
-        metrics=[from_dict(Metric, m, "metric") for entry in chosen.values() for m in entry["metrics"]],
-        settings={suite: entry["settings"] for suite, entry in chosen.items()},
-        ledger=[
-            LedgerRow(what=suite, tokens=entry["tokens"], seconds=round(entry["seconds"], 2))
-            for suite, entry in chosen.items()
-        ],
-        backends={
-            "device": device,
-            "attention": str(getattr(model.config, "_attn_implementation", "")),
-            **{f"mixer {name}": form for name, form in backends_of(model).items()},
-        },
-    )
-    record.save(path)
-    partial.unlink(missing_ok=True)
-    return record
+    """Measures one model; what was finished before with the same settings is taken from the earlier work."""
+    return Evaluation(name, out, request, device).run()
 
 
-def _finished(partial: Path, path: Path, card: ModelCard) -> dict[str, dict[str, Any]]:
-    """Suites of the same model that an interrupted or an earlier evaluation has done."""
-    if partial.exists():
-        found = read_json(partial)
-        return found["suites"] if found["hash"] == card.hash else {}
-    if not path.exists():
-        return {}
-    record = read_record(path)
-    if record.model.hash != card.hash:
-        return {}
-    spent = {row.what: row for row in record.ledger}
-    return {
-        suite: {
-            "settings": settings,
-            "suite": suite,
-            "metrics": [to_dict(m) for m in record.metrics if m.suite == suite],
-            "tokens": spent[suite].tokens,
-            "seconds": spent[suite].seconds,
-        }
-        for suite, settings in record.settings.items()
-        if suite in spent
-    }
+def estimate_models(names: Sequence[str], out: Path, request: EvalRequest, device: str) -> list[Estimate]:
+    """What each model has still to read, told line by line."""
+    return [_told(Evaluation(name, out, request, device)) for name in names]
 
 
-def profile_models(names: list[str], contexts: list[int], out: Path, device: str) -> list[RunRecord]:
-    """Speed and memory of several models, in turns in one process so that the machine's moods fall on all alike."""
-    from halobench.tasks.profile import profile_metrics, profile_together
+def _told(evaluation: Evaluation) -> Estimate:
+    estimate = evaluation.estimate()
+    for line in estimate.lines():
+        say(line)
+    return estimate
 
-    models = [load(name, device=device)[0] for name in names]
-    cards = [card_of(name, model) for name, model in zip(names, models, strict=True)]
-    rows = profile_together([(card.name, model) for card, model in zip(cards, models, strict=True)], contexts)
+
+def evaluate_models(
+    names: Sequence[str], out: Path, request: EvalRequest, device: str, *, yes: bool = False
+) -> list[RunRecord]:
+    """Measures several models, one in memory at a time, after telling what each has still to read.
+
+    Raises:
+        UserError: all of it would take more than an hour, and `yes` is not given.
+    """
+    from halobench.tasks.memory import release
+
+    evaluation: Evaluation | None = None
+    estimates = []
+    for name in names:
+        evaluation = None  # frees the one before
+        release()
+        evaluation = Evaluation(name, out, request, device)
+        estimates.append(_told(evaluation))
+    if not yes:
+        check_patience(estimates)
     records = []
-    for place, card in enumerate(cards):
-        own = [of_context[place] for of_context in rows]
-        failed = [row for row in own if row.status != "ok"]
-        record = RunRecord(
-            kind="profile",
-            model=card,
-            metrics=profile_metrics(own),
-            details={"rows": [row.to_dict() for row in own]},
-            backends={"device": device, "attention": own[0].backend},
-            status="error" if len(failed) == len(own) else "ok",
-            error=failed[0].error if failed else None,
-        )
-        record.save(out / f"{slug(card)}.profile.record.json")
-        records.append(record)
+    for name in names:
+        if evaluation is None or evaluation.name != name:
+            evaluation = None
+            release()
+            evaluation = Evaluation(name, out, request, device)
+        records.append(evaluation.run())
     return records
+
+
+def check_patience(estimates: Sequence[Estimate]) -> None:
+    """Refuses more than an hour of work, and says how to go on and how to ask for less."""
+    from halobench.tasks.estimate import total
+
+    tokens, seconds = total(estimates)
+    if seconds > PATIENCE:
+        raise UserError(
+            f"this would take about {format_seconds(seconds)} ({format_count(tokens)} tokens); add --yes to go on, or "
+            "ask for less: a lower --limit, a --precision such as 0.05, or shorter --lengths"
+        )
 
 
 def slug(card: ModelCard) -> str:

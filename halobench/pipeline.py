@@ -435,6 +435,10 @@ class Conversion:
                 rows.append(note.ledger())
         return rows
 
+    def _home(self, stage: str) -> RunFolder:
+        """The run that a stage was made in: this one, or the one whose alignment it shares."""
+        return self.run if self.run.note(stage) is not None else self.base
+
     def _card(self, student: Any) -> ModelCard:
         plan = self.plan()
         choice = read_json(self.run.path / "select" / "choice.json")
@@ -467,7 +471,11 @@ class Conversion:
             lineage={note.stage: note.hash for note in notes},
             ledger=card.ledger,
             backends={"device": self.device, **forms},
-            details={"stages": [to_dict(replace(n, details={})) for n in notes], "scale": scale_losses},
+            details={
+                "stages": [to_dict(replace(n, details={})) for n in notes],
+                "scale": scale_losses,
+                "curves": {n.stage: found for n in notes if (found := self._home(n.stage).curve(n.stage))},
+            },
         ).save(self.run.path / "convert.record.json")
 
 

@@ -60,7 +60,9 @@ def environment() -> dict[str, Any]:
 
 def command_line() -> str:
     """The command as typed, with the program's name rather than its path."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name  # as `python -m halobench` has it
+    return " ".join([name, *sys.argv[1:]])
 
 
 def now() -> str:

@@ -25,6 +25,8 @@ class Metric:
 
     suite: "niah", "csr", "ppl", ...; task: within the suite; metric: "accuracy", "margin", "bits_per_byte", ...
     length: context in tokens, where it matters. n: samples. stderr: of the value; None where there is no sampling.
+    samples: the n numbers that `value` is the mean of. clusters: which of them belong together (one haystack, one
+    document), as equal numbers; depths: where in its context each one's answer stands, 0 (start) to 1.
     """
 
     suite: str
@@ -36,6 +38,8 @@ class Metric:
     length: int | None = None
     higher_is_better: bool = True
     samples: list[float] | None = None
+    clusters: list[int] | None = None
+    depths: list[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ RUN/model/              the finished hybrid, with its card
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from halobench.errors import UserError
 from halobench.files import read_json, write_json
 from halobench.provenance import environment, now
 from halobench.records import LedgerRow
+
+CURVE = 60  # points of a training curve in a record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,18 @@ class RunFolder:
         """The note of a finished stage, or None."""
         path = self.path / stage / "stage.json"
         return from_dict(StageNote, read_json(path), str(path)) if path.exists() else None
+
+    def curve(self, stage: str) -> list[list[float]]:
+        """[tokens, loss] along a stage's training, each the mean of as many steps as make CURVE points or fewer."""
+        from halobench.surgery.loop import METRICS
+
+        path = self.path / stage / METRICS
+        if not path.exists():
+            return []
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        step = -(-len(rows) // CURVE)
+        parts = [rows[i : i + step] for i in range(0, len(rows), step)]
+        return [[part[-1]["tokens"], round(sum(row["loss"] for row in part) / len(part), 5)] for part in parts]
 
     def sweep(self) -> None:
         """Drops the checkpoints of finished stages, which a run that was killed between the two has left behind."""

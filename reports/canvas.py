@@ -1,7 +1,7 @@
-"""What every plot shares: the page, the palette, titles, and writing the file.
+"""What every plot shares: the page, colours, titles, and writing the file.
 
-Figures are drawn on Agg through Figure objects, so nothing global is touched and no display is needed. The palette is
-Okabe and Ito's, which people with any kind of colour vision can tell apart.
+Figures are drawn on Agg through Figure objects, so nothing global is touched and no display is needed. Blue and
+vermilion are Okabe and Ito's, which people with any kind of colour vision can tell apart.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 from halobench.files import atomic_path
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
-INK, SOFT, FAINT, GRID = "#1A1A1A", "#5F6670", "#C3C9D1", "#E6E9ED"
+BLUE, VERMILION = "#0072B2", "#D55E00"
+INK, SOFT, GRID = "#1A1A1A", "#5F6670", "#E6E9ED"
 DPI = 160
 
 
@@ -54,18 +52,13 @@ def heading(figure: Figure, title: str, subtitle: str, left: float) -> None:
     figure.text(left, below, subtitle, ha="left", va="top", size=9, color=SOFT, parse_math=False)
 
 
-def tidy(axes: Axes) -> None:
-    """Leaves of an axes what carries information: the bottom line, small labels, a faint horizontal grid."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(FAINT)
-    axes.tick_params(length=0, colors=SOFT, labelsize=8.5)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
+def save(figure: Figure, path: Path, *more: Path) -> Path:
+    """Writes the figure to each path, as PNG or SVG as its name says, without a date: equal figures are equal files."""
+    import matplotlib
 
-
-def save(figure: Figure, path: Path) -> Path:
-    """Writes the figure as PNG, atomically and without a date, so that equal figures are equal files."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
+    metadata: dict[str, dict[str, str | None]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+    for each in (path, *more):
+        settings = matplotlib.rc_context({"svg.hashsalt": "halobench", "svg.fonttype": "none"})
+        with atomic_path(each) as temporary, settings:
+            figure.savefig(temporary, format=each.suffix[1:], dpi=DPI, metadata=metadata[each.suffix])
     return path

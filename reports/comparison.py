@@ -3,8 +3,9 @@
 The interval is a paired bootstrap over questions. The p-value is a paired sign-flip test: were the two models alike,
 each question's difference would be as likely to point the other way. It stays honest for a handful of questions, where
 the bootstrap's own tail does not. Questions about one haystack are resampled and flipped together. Holm's step-down
-correction runs over every comparison of one call. Without samples, two standard errors are combined as if the questions
-were independent; without those nothing is claimed.
+correction runs over every comparison of one call, the tests of being no worse than the teacher (standing.py) included.
+Without samples, two standard errors are combined as if the questions were independent (a share that is all or nothing
+being no proof of certainty); without those, no claim is made.
 """
 
 from __future__ import annotations
@@ -18,45 +19,22 @@ from typing import Literal
 
 import numpy as np
 
-from halobench.records import Metric
-from halobench.reports.rows import Measured, Row, seed_of
+from halobench.reports.pairing import Target, paired_strata, unpaired_error
+from halobench.reports.rows import Measured, Row
+from halobench.reports.standing import MARGIN, Standing, reach, stand
 
 RESAMPLES = 5_000
 FLIPS = 20_000
+_ENOUGH = 10  # as many flips beyond what was seen settle a small p
 _BLOCK = 2_000_000  # numbers drawn at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """What is compared: one metric, averaged over `lengths` with equal weight."""
-
-    suite: str
-    task: str
-    metric: str
-    lengths: tuple[int | None, ...] = (None,)
-
-    def sources(self, row: Row) -> list[Measured] | None:
-        """The row's measurements at every length; None when one is missing."""
-        found = [row.source(self.suite, self.task, self.metric, length) for length in self.lengths]
-        complete = [source for source in found if source is not None]
-        return complete if complete and len(complete) == len(found) else None
-
-    def value(self, row: Row) -> tuple[float, float | None] | None:
-        """Mean over the lengths and its standard error, the questions of different lengths being independent."""
-        sources = self.sources(row)
-        if sources is None:
-            return None
-        errors = [source.metric.stderr for source in sources]
-        known = [error for error in errors if error is not None]
-        stderr = math.sqrt(sum(e * e for e in known)) / len(errors) if len(known) == len(errors) else None
-        return sum(source.metric.value for source in sources) / len(sources), stderr
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """`difference` is left minus right, in the metric's own units; `adjusted` is p after Holm's correction.
 
-    n: samples compared. clusters: how many groups of them are independent of one another (haystacks).
+    A paired difference weighs all questions alike; `shown` is that of the two values themselves, which may weigh them
+    by size. n: samples compared. clusters: how many groups of them are independent of one another (haystacks).
     """
 
     left: str
@@ -65,6 +43,7 @@ class Comparison:
     higher_is_better: bool
     method: Literal["paired", "independent", "untested"]
     difference: float | None = None
+    shown: float | None = None
     low: float | None = None
     high: float | None = None
     p: float | None = None
@@ -81,9 +60,14 @@ class Comparison:
         return self.adjusted < self.level and not self.low <= 0 <= self.high
 
     @property
+    def contrary(self) -> bool:
+        """True when the paired difference points the other way than the two values."""
+        return self.difference is not None and self.shown is not None and self.shown * self.difference < 0
+
+    @property
     def winner(self) -> str | None:
-        """Key of the row that is significantly better, else None."""
-        if not self.significant or self.difference is None:
+        """Key of the row that is significantly better, and whose value is, else None."""
+        if not self.significant or self.difference is None or self.contrary:
             return None
         return self.left if (self.difference > 0) == self.higher_is_better else self.right
 
@@ -94,11 +78,12 @@ class Comparisons:
 
     items: tuple[Comparison, ...]
     hybrids: tuple[str, ...]
+    standings: tuple[Standing, ...] = ()
 
     @property
     def tested(self) -> int:
         """How many comparisons had an uncertainty."""
-        return sum(item.p is not None for item in self.items)
+        return sum(p is not None for p in [*(made.p for made in self.items), *(made.p for made in self.standings)])
 
     def between(self, left: str, right: str, target: Target) -> Comparison | None:
         """The comparison of two rows (in either order) on `target`, as it was made."""
@@ -119,6 +104,9 @@ def compare(
     targets: Sequence[Target],
     *,
     pairs: Sequence[tuple[Row, Row]] | None = None,
+    teacher: Row | None = None,
+    standing: Sequence[Target] = (),
+    margin: float = MARGIN,
     seed: int = 0,
     level: float = 0.05,
 ) -> Comparisons:
@@ -127,24 +115,44 @@ def compare(
     Args:
         rows: the rows at hand; those that were converted may win the mark of the best hybrid.
         targets: what to compare; a row that lacks a target gives an untested comparison, which nobody wins.
+        teacher, standing, margin: on these targets every hybrid is also tested for being worse than the teacher by less
+            than the margin; these tests belong to the same family.
         level: the chance of any false claim among all comparisons of this call.
     """
     chosen = list(combinations(rows, 2)) if pairs is None else pairs
     cases = [(left, right, target) for target in targets for left, right in chosen]
-    hybrids = tuple(row.key for row in rows if not row.untouched)
-    return Comparisons(items=compare_cases(cases, seed=seed, level=level), hybrids=hybrids)
+    hybrids = [row for row in rows if not row.untouched]
+    stood = [stand(row, teacher, target, margin) for target in standing for row in hybrids] if teacher else []
+    compared, standings = _corrected(_all(cases, seed, level, len(cases) + len(stood)), stood)
+    return Comparisons(items=compared, hybrids=tuple(row.key for row in hybrids), standings=standings)
 
 
 def compare_cases(
     cases: Sequence[tuple[Row, Row, Target]], *, seed: int = 0, level: float = 0.05
 ) -> tuple[Comparison, ...]:
     """One family of comparisons, each of two rows on its own target, corrected together; in the order given."""
-    made = [_one(*case, np.random.default_rng([seed, index]), level) for index, case in enumerate(cases)]
-    adjusted = iter(holm([c.p for c in made if c.p is not None]))
-    return tuple(c if c.p is None else replace(c, adjusted=next(adjusted)) for c in made)
+    return _corrected(_all(cases, seed, level, len(cases)), [])[0]
 
 
-def _one(left: Row, right: Row, target: Target, rng: np.random.Generator, level: float) -> Comparison:
+def _all(cases: Sequence[tuple[Row, Row, Target]], seed: int, level: float, family: int) -> list[Comparison]:
+    """Each case by itself, with enough flips for a p-value that can survive the correction for `family` tests."""
+    most = max(FLIPS, math.ceil(20 * family / level))
+    return [_one(*case, np.random.default_rng([seed, i]), level, most) for i, case in enumerate(cases)]
+
+
+def _corrected(
+    items: Sequence[Comparison], stood: Sequence[Standing]
+) -> tuple[tuple[Comparison, ...], tuple[Standing, ...]]:
+    """Holm's correction over every test of the family that has a p-value."""
+    found = [*(made.p for made in items), *(made.p for made in stood)]
+    adjusted = iter(holm([p for p in found if p is not None]))
+    return (
+        tuple(made if made.p is None else replace(made, adjusted=next(adjusted)) for made in items),
+        tuple(made if made.p is None else replace(made, adjusted=next(adjusted)) for made in stood),
+    )
+
+
+def _one(left: Row, right: Row, target: Target, rng: np.random.Generator, level: float, most: int) -> Comparison:
     a, b = target.sources(left), target.sources(right)
     higher = next((s.metric.higher_is_better for s in (a or b or [])), True)
     base = Comparison(
@@ -152,71 +160,28 @@ def _one(left: Row, right: Row, target: Target, rng: np.random.Generator, level:
     )
     if a is None or b is None:
         return base
-    base = replace(
-        base, difference=float(np.mean([x.metric.value - y.metric.value for x, y in zip(a, b, strict=True)]))
-    )
-    if all(_same_questions(x, y) for x, y in zip(a, b, strict=True)):
-        strata = [_paired(left, x, right, y) for x, y in zip(a, b, strict=True)]
-        low, high = bootstrap_interval(strata, rng, level)
+    shown = float(np.mean([x.metric.value - y.metric.value for x, y in zip(a, b, strict=True)]))
+    base = replace(base, difference=shown, shown=shown)
+    strata = paired_strata(left, right, target)
+    if strata is not None:
+        low, high = bootstrap_interval(strata, rng)
         n, clusters = sum(s.metric.n for s in a), sum(len(d) for d in strata)
         # The mean of the samples, so that difference and interval speak of the same quantity.
         difference = float(np.mean([d.mean() for d in strata]))
-        p = sign_flip_p(strata, rng)
+        p = sign_flip_p(strata, rng, most=most)
         return replace(base, method="paired", difference=difference, low=low, high=high, p=p, n=n, clusters=clusters)
-    return _independent(base, a, b)
+    return _independent(base, shown, a, b, unpaired_error(left, right, target))
 
 
-def _same_questions(left: Measured, right: Measured) -> bool:
-    """Samples can be paired when there are equally many and both runs drew their questions with the same seed."""
-    seeds = (seed_of(left.record, left.metric.suite), seed_of(right.record, right.metric.suite))
-    return len(_samples(left)) == len(_samples(right)) > 1 and (None in seeds or seeds[0] == seeds[1])
-
-
-def _paired(left: Row, a: Measured, right: Row, b: Measured) -> np.ndarray:
-    """Differences of the samples, averaged over each cluster."""
-    size = max(cluster_size(left, a), cluster_size(right, b))
-    differences = _samples(a) - _samples(b)
-    return differences.reshape(-1, size if len(differences) % size == 0 else 1).mean(axis=1)
-
-
-def cluster_size(row: Row, source: Measured) -> int:
-    """How many consecutive samples belong together, such as the questions about one haystack.
-
-    A recorded standard error that knows of clusters is reproduced by one cluster size alone: the smallest that does is
-    taken, over all metrics of the same questions (a log-likelihood settles what a row of equal answers leaves open).
-    """
-    task = (source.metric.suite, source.metric.task, source.metric.length)
-    alike = [m.metric for m in row.measured.values() if (m.metric.suite, m.metric.task, m.metric.length) == task]
-    return max((_smallest_cluster(metric) for metric in alike if metric.n == source.metric.n), default=1)
-
-
-def _smallest_cluster(metric: Metric) -> int:
-    values = np.asarray(metric.samples or [], dtype=np.float64)
-    count = len(values)
-    if metric.stderr is None or count != metric.n or np.ptp(values) == 0:
-        return 1
-    for size in (size for size in range(1, count // 2 + 1) if count % size == 0):
-        sums = (values - values.mean()).reshape(-1, size).sum(axis=1)
-        stderr = math.sqrt(len(sums) / (len(sums) - 1) * float(np.square(sums).sum())) / count
-        if math.isclose(stderr, metric.stderr, rel_tol=2e-3):
-            return size
-    return 1
-
-
-def _samples(measured: Measured) -> np.ndarray:
-    return np.asarray(measured.metric.samples or [], dtype=np.float64)
-
-
-def _independent(base: Comparison, left: list[Measured], right: list[Measured]) -> Comparison:
-    errors = [s.metric.stderr for s in (*left, *right)]
-    known = [e for e in errors if e is not None and math.isfinite(e)]
-    spread = math.sqrt(sum(e * e for e in known)) / len(left)
-    if base.difference is None or len(known) < len(errors) or spread == 0:
+def _independent(
+    base: Comparison, shown: float, left: list[Measured], right: list[Measured], error: float | None
+) -> Comparison:
+    if error is None:
         return base
-    p = math.erfc(abs(base.difference) / spread / math.sqrt(2))
-    reach = NormalDist().inv_cdf(1 - base.level / 2) * spread
+    p = math.erfc(abs(shown) / error / math.sqrt(2))
+    half = NormalDist().inv_cdf(1 - base.level / 2) * error
     n = min(sum(s.metric.n for s in left), sum(s.metric.n for s in right))
-    return replace(base, method="independent", low=base.difference - reach, high=base.difference + reach, p=p, n=n)
+    return replace(base, method="independent", low=shown - half, high=shown + half, p=p, n=n)
 
 
 def bootstrap_means(strata: Sequence[np.ndarray], rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
@@ -241,16 +206,41 @@ def _parts(count: int, width: int) -> Iterator[slice]:
 
 
 def bootstrap_interval(
-    strata: Sequence[np.ndarray], rng: np.random.Generator, level: float = 0.05
-) -> tuple[float, float]:
-    """Percentile interval of the mean paired difference; every stratum (a length) keeps its number of questions."""
-    low, high = np.quantile(bootstrap_means(strata, rng), [level / 2, 1 - level / 2])
+    strata: Sequence[np.ndarray], rng: np.random.Generator
+) -> tuple[float, float] | tuple[None, None]:
+    """Percentile interval (95%) of the mean paired difference; every stratum (a length) keeps its number of groups.
+
+    The percentiles are moved outwards to what Student's interval reaches, since resamples of few groups spread too
+    little (Hesterberg 2015, the expanded percentile interval). One group has no spread: there is no interval.
+    """
+    freedom = sum(len(values) - 1 for values in strata)
+    if freedom < 1:
+        return None, None
+    few = min(len(values) for values in strata if len(values) > 1)
+    outside = NormalDist().cdf(-reach(freedom) * math.sqrt(few / (few - 1)))
+    low, high = np.quantile(bootstrap_means(strata, rng), [outside, 1 - outside])
     return float(low), float(high)
 
 
-def sign_flip_p(strata: Sequence[np.ndarray], rng: np.random.Generator, flips: int = FLIPS) -> float:
-    """Two-sided p of the mean paired difference under random signs; at least 1 / (flips + 1)."""
+def sign_flip_p(strata: Sequence[np.ndarray], rng: np.random.Generator, flips: int = FLIPS, most: int = FLIPS) -> float:
+    """Two-sided p of the mean paired difference under random signs.
+
+    After `flips` draws, p is what they give when enough of them were as extreme as what was seen; otherwise drawing
+    goes on until enough are, or until `most` (Besag and Clifford 1991), so that a small p is known as well as a large.
+    """
     observed = abs(sum(float(values.mean()) for values in strata))
+    done = extreme = 0
+    while done < flips or (extreme < _ENOUGH and done < most):
+        drawn = min(flips, max(most, flips) - done)
+        found = np.cumsum(np.abs(_flipped(strata, rng, drawn)) >= observed - 1e-12)
+        if done and extreme + found[-1] >= _ENOUGH:
+            return _ENOUGH / (done + 1 + int(np.searchsorted(found, _ENOUGH - extreme)))
+        done, extreme = done + drawn, extreme + int(found[-1])
+    return (extreme + 1) / (done + 1)
+
+
+def _flipped(strata: Sequence[np.ndarray], rng: np.random.Generator, flips: int) -> np.ndarray:
+    """Sums over strata (flips,) of stratum means under random signs; equal sizes are drawn as one binomial."""
     total = np.zeros(flips)
     for values in strata:
         sizes, counts = np.unique(np.abs(values), return_counts=True)
@@ -260,8 +250,7 @@ def sign_flip_p(strata: Sequence[np.ndarray], rng: np.random.Generator, flips: i
             signs = 2.0 * rng.integers(2, size=(rows, int(once.sum())), dtype=np.int8) - 1
             up = rng.binomial(counts[~once], 0.5, size=(rows, int((~once).sum())))
             total[part] += (signs @ sizes[once] + (2 * up - counts[~once]) @ sizes[~once]) / len(values)
-    extreme = int(np.count_nonzero(np.abs(total) >= observed - 1e-12))
-    return (extreme + 1) / (flips + 1)
+    return total
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

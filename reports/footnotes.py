@@ -3,42 +3,58 @@ tested, and the seeds, versions and hardware of the runs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from halobench.records import RunRecord
-from halobench.reports.columns import columns
+from halobench.reports.columns import columns, table_columns
 from halobench.reports.comparison import FLIPS, RESAMPLES, Comparisons
-from halobench.reports.rows import Group, Row
+from halobench.reports.pairing import independent_groups
+from halobench.reports.rows import IMPORTED, Group, Row
 from halobench.reports.table import MISSING, escape, render
 from halobench.units import format_bytes, format_count, format_length
 
 
 def footnotes(groups: Sequence[Group], marks: Sequence[Comparisons], records: Sequence[RunRecord]) -> str:
-    """All notes as Markdown."""
+    """All notes as Markdown, and a table of the models."""
+    listed = "\n".join(f"- {note}" for note in notes(groups, marks, records))
+    return listed + "\n\n" + render(*models([row for group in groups for row in group.rows]), text_columns=3)
+
+
+def notes(groups: Sequence[Group], marks: Sequence[Comparisons], records: Sequence[RunRecord]) -> list[str]:
+    """Each note as a line of Markdown."""
     rows = [row for group in groups for row in group.rows]
-    notes = [
-        *_meanings(groups),
-        "**±** is one standard error over the questions. ±0.000 means that every answer was the same, not that the "
-        "score is exact: with n questions the true rate may still lie about 3/n away.",
+    return [
+        *_meanings(groups, marks),
+        "**±** is one standard error over the questions. ±0.000 means that every independent group of questions (a "
+        "haystack, a document) gave the same share, not that the score is exact: with g groups the true rate may still "
+        "lie about 3/g away.",
         _tests(marks),
         *_counts(groups),
         *_environment(rows),
         *_seeds(records),
         *_failures(rows),
+        *_flaws(rows),
+        *_imports(rows),
     ]
-    return "\n".join(f"- {note}" for note in notes) + "\n\n" + _models(rows)
 
 
-def _meanings(groups: Sequence[Group]) -> list[str]:
-    found = {c.title: c.meaning for group in groups for c in columns(group) if c.meaning}
+def _meanings(groups: Sequence[Group], marks: Sequence[Comparisons]) -> list[str]:
+    shown = [(group.name, c) for group, made in zip(groups, marks, strict=True) for c in table_columns(group, made)]
+    found = {(column.title, column.meaning): name for name, column in shown if column.meaning}
+    titles = Counter(title for title, _ in found)
     lengths = sorted({group.trained_length for group in groups if group.trained_length})
     trained = f" ({', '.join(map(format_length, lengths))} tokens)" if lengths else ""
     needles = (
         "**needles**: share of questions answered with the planted value, by context length; ×k is k times the "
         f"longest length the hybrids were trained on{trained}"
     )
-    return [*(f"**{title}**: {escape(meaning)}" for title, meaning in found.items()), needles]
+    said = [
+        f"**{title}**{f', {escape(name)}' if titles[title] > 1 else ''}: {escape(meaning)}"
+        for (title, meaning), name in found.items()
+    ]
+    return [*said, needles]
 
 
 def _tests(marks: Sequence[Comparisons]) -> str:
@@ -47,7 +63,8 @@ def _tests(marks: Sequence[Comparisons]) -> str:
         f"**Comparisons**: {tested} behind the marks, Holm-corrected per teacher at 5%. Samples are paired question by "
         "question, questions about one haystack being kept together; the paired difference weighs all samples alike, "
         f"where bits per byte itself weighs documents by size. Intervals by bootstrap ({RESAMPLES:,} resamples), "
-        f"p-values by sign flips ({FLIPS:,}); without samples, from the two standard errors; without those, no claim."
+        f"p-values by sign flips ({FLIPS:,} or more); without samples, from the two standard errors; without those, no "
+        "claim."
     )
 
 
@@ -56,20 +73,28 @@ def _counts(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         parts = []
         for column in columns(group):
-            counts = {
-                sum(row.measured[key].metric.n for key in column.uses if key in row.measured) for row in group.rows
-            }
+            counts, groupings = set(), set()
+            for row in group.rows:
+                sources = [row.measured[key] for key in column.uses if key in row.measured]
+                counts.add(sum(source.metric.n for source in sources))
+                groupings.add(sum(independent_groups(row, source) for source in sources))
             counts -= {0}
             if counts and column.target is not None:
-                low, high = min(counts), max(counts)
-                parts.append(f"{column.title} {low}" + (f" to {high}" if high > low else ""))
+                grouped = f" in {_range(groupings - {0})} groups" if groupings - {0} != counts else ""
+                parts.append(f"{column.title} {_range(counts)}{grouped}")
         if parts:
             found.append(f"**n per cell**, {escape(group.name)}: {'; '.join(parts)}")
     return found
 
 
+def _range(counts: set[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" + (f" to {high}" if high > low else "")
+
+
 def _environment(rows: Sequence[Row]) -> list[str]:
-    measured = [record for row in rows for record in row.records if record.kind in ("eval", "profile")]
+    own = [row for row in rows if not row.imported]
+    measured = [record for row in own for record in row.records if record.kind in ("eval", "profile")]
     versions = _distinct(_versions(record) for record in measured)
     machines = _distinct(_hardware(record) for record in measured)
     speeds = _distinct(_hardware(record) for record in measured if record.kind == "profile")
@@ -127,23 +152,39 @@ def _failures(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _models(rows: Sequence[Row]) -> str:
+def _flaws(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"**Not finite** (NaN or infinite, so left out), {escape(row.label)}: {escape(', '.join(row.flaws))}"
+        for row in rows
+        if row.flaws
+    ]
+
+
+def _imports(rows: Sequence[Row]) -> list[str]:
+    """What every reader must know of rows that were measured elsewhere."""
+    return [
+        f"**{escape(row.label)}** was measured elsewhere: imported from the results that "
+        f"{escape(row.records[-1].lineage[IMPORTED])} wrote. These hold no samples, so the row is not paired with the "
+        "others and takes no part in marks and claims."
+        for row in rows
+        if row.imported
+    ]
+
+
+def models(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table that says what each row is."""
     header = ["row", "model", "mixer", "parameters", "trained at", "hash"]
-    return render(
-        header,
+    return header, [
         [
-            [
-                row.label,
-                row.card.name,
-                row.card.mixer or MISSING,
-                format_count(row.card.parameters),
-                format_length(row.card.trained_length) if row.card.trained_length else MISSING,
-                row.card.hash or MISSING,
-            ]
-            for row in rows
-        ],
-        text_columns=3,
-    )
+            row.label,
+            row.card.name,
+            row.card.mixer or MISSING,
+            format_count(row.card.parameters) if row.card.parameters else MISSING,
+            format_length(row.card.trained_length) if row.card.trained_length else MISSING,
+            row.card.hash or MISSING,
+        ]
+        for row in rows
+    ]
 
 
 def _distinct(values: Iterable[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """What the numbers say, in sentences: each is one comparison with its interval and Holm-corrected verdict.
 
-A sentence claims a difference only when the comparison is significant; otherwise it says that the difference is within
-noise, or that nothing was recorded to judge it by.
+A sentence claims a difference only when the comparison is significant; otherwise it says that the two are not told
+apart, that there is too little to tell, or that nothing was recorded to judge it by.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from halobench.reports.columns import beyond_target, inside_target, margin_target, span, text_targets
-from halobench.reports.comparison import Comparison, Comparisons, Target, compare_cases
+from halobench.reports.columns import beyond_target, inside_target, margin_target, span, standing_targets, text_targets
+from halobench.reports.comparison import Comparison, Comparisons, compare_cases
+from halobench.reports.pairing import Target
 from halobench.reports.rows import Group, Row
 from halobench.reports.table import escape, number, signed
 from halobench.units import format_length
@@ -52,10 +53,14 @@ def statements(group: Group, marks: Comparisons, seed: int = 0) -> list[str]:
     said += [sentence(claim, made) for claim, made in zip(claims, family, strict=True)]
     if pooled is not None and len(group.hybrids) > 1:
         said.append(_best(group, marks, pooled))
-    if any(made.p is not None for made in family):
+    said += [
+        _standing(group, marks, name, target) for name, target in standing_targets(group).items() if marks.standings
+    ]
+    tested = sum(made.p is not None for made in family)
+    if tested:
         said.append(
-            f"The {len(family)} comparisons above form one family: their p-values carry Holm's correction. The "
-            "intervals are 95% each and cover the choice of questions, not another training run of the same recipe."
+            f"The {tested} comparisons with a p-value form one family: each carries Holm's correction. "
+            "The intervals are 95% each and cover the choice of questions, not another training run of the same recipe."
         )
     return said
 
@@ -129,6 +134,9 @@ def sentence(claim: Claim, made: Comparison) -> str:
         absent = claim.left if left is None else claim.right
         return f"{opening} not measured for {_named(absent)}."
     numbers = f"{_named(claim.left)} {number(*left)} against {_named(claim.right)} {number(*right)}"
+    if made.method == "paired" and (made.low is None or 2.0 ** (1 - made.clusters) > made.level):
+        counted = f"{made.n} samples in {made.clusters} independent group{'s' * (made.clusters != 1)}"
+        return f"{opening} {numbers} ({counted}). **Too few independent groups to tell**."
     if made.low is None or made.high is None or made.adjusted is None:
         return f"{opening} {numbers}; no uncertainty was recorded, so no difference is claimed."
     kind = "paired difference" if made.method == "paired" else "difference"
@@ -139,7 +147,8 @@ def sentence(claim: Claim, made: Comparison) -> str:
         basis += f" in {made.clusters} independent groups"
     winner = made.winner
     if winner is None:
-        verdict = "**Within noise**: neither is ahead"
+        verdict = "**Not told apart**"
+        verdict += ": the values and their paired difference point opposite ways" if made.contrary else ""
     else:
         verdict = f"**Better**: {_named(claim.left if winner == claim.left.key else claim.right)}"
     return f"{opening} {numbers}; {interval} ({basis}, {chance}). {verdict}."
@@ -159,6 +168,29 @@ def _best(group: Group, marks: Comparisons, pooled: Target) -> str:
         f"**Among the hybrids**, {what}: {_named(top)} has the highest number, but it is not told apart from "
         f"{', '.join(_named(row) for row in rivals)}."
     )
+
+
+def _standing(group: Group, marks: Comparisons, name: str, target: Target) -> str:
+    """Which hybrids are shown to be no worse than the teacher, and how much worse the others may be."""
+    tested = [made for made in marks.standings if made.target == target and made.lowest is not None]
+    labels = {row.key: escape(row.label) for row in group.hybrids}
+    opening = (
+        f"**As good as the teacher** to within {marks.standings[0].margin:g}, {_standing_name(group, name, target)}:"
+    )
+    if not tested:
+        return f"{opening} not tested, for want of samples or standard errors."
+    bounds = {made.row: f"{labels[made.row]} ({signed(made.lowest or 0.0)})" for made in tested}
+    shown = [bounds[made.row] for made in tested if made.shown]
+    others = [bounds[made.row] for made in tested if not made.shown]
+    said = [f"shown for {', '.join(shown)}"] if shown else []
+    said += [f"not shown for {', '.join(others)}"] if others else []
+    return f"{opening} {'; '.join(said)}. In brackets: 97.5% bounds, before correction."
+
+
+def _standing_name(group: Group, name: str, target: Target) -> str:
+    if target.lengths[0] is None:
+        return f"{name} accuracy"
+    return f"{name} within the training length ({span(target.lengths, group.trained_length)})"
 
 
 def _beaten(marks: Comparisons, top: Row, row: Row, target: Target) -> bool:

@@ -34,7 +34,8 @@ def escape(text: str) -> Markup:
         return text
     marked = re.sub(r"([\\`*_\[\]|~$#!])", r"\\\1", clean(text))
     marked = re.sub(r"&", "&amp;", marked).replace("<", "&lt;").replace(">", "&gt;")
-    return Markup(marked.replace("://", ":&#47;&#47;"))
+    # GitHub would make links of these.
+    return Markup(re.sub(r"(?i)(www)\.", r"\1&#46;", marked.replace("://", ":&#47;&#47;")).replace("@", "&#64;"))
 
 
 def number(value: float | None, stderr: float | None = None, digits: int = 3) -> Markup:

@@ -7,7 +7,7 @@ The filler wraps around, so a haystack is never shorter than asked, and nothing 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Literal
@@ -16,11 +16,9 @@ import numpy as np
 
 from halobench.errors import UserError
 from halobench.progress import Progress
-from halobench.records import Metric
 from halobench.surgery.planted import nouns
+from halobench.tasks.sampled import Scored
 from halobench.tasks.scoring import Prompt, Tail, check_context, encode, score_prompts, special_prefix
-from halobench.tasks.statistics import mean_stderr
-from halobench.units import format_length
 
 if TYPE_CHECKING:
     import torch
@@ -63,9 +61,14 @@ class Haystack:
     depths: list[float]
 
     @property
+    def prompt_sizes(self) -> list[int]:
+        """Tokens of the context with each question and answer."""
+        return [len(self.context) + len(q) + len(a) for q, a in zip(self.questions, self.answers, strict=True)]
+
+    @property
     def length(self) -> int:
         """Tokens of the context with its longest question and answer."""
-        return len(self.context) + max(len(q) + len(a) for q, a in zip(self.questions, self.answers, strict=True))
+        return max(self.prompt_sizes)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class RetrievalScores:
 
     correct: 1.0 where the greedy answer is exactly right. logprob: log-likelihood of the answer, over all its tokens.
     haystack: the index of its haystack (a cluster). depth: 0 to 1. tokens_processed: tokens run; tokens_plain: tokens
-    that separate prompts would have taken. truncated: questions whose prompt was cut; 0 by construction.
+    that separate prompts would have taken. truncated: questions whose prompt the model was not given whole.
     """
 
     correct: np.ndarray
@@ -100,50 +103,75 @@ def build_haystacks(
     room for the facts.
     """
     config = config or NeedleConfig()
-    boundaries = _sentence_ends(tokenizer, filler_tokens)
-    opening = special_prefix(tokenizer)
-    return [
-        _haystack(
-            tokenizer, filler_tokens, boundaries, opening, length, np.random.default_rng((seed, length, i, 11)), config
-        )
-        for i in range(count)
-    ]
+    boundaries = sentence_ends(tokenizer, filler_tokens)
+    return [plant(tokenizer, filler_tokens, boundaries, length, i, seed, config) for i in range(count)]
 
 
-def _haystack(
-    tokenizer: PreTrainedTokenizerBase,
-    filler: np.ndarray,
-    boundaries: np.ndarray,
-    opening: list[int],
-    length: int,
-    rng: np.random.Generator,
-    config: NeedleConfig,
-) -> Haystack:
+@dataclass(frozen=True)
+class Facts:
+    """What is hidden and what is asked of it: token ids of each fact, and of each (question, answer)."""
+
+    facts: list[list[int]]
+    pairs: list[tuple[list[int], list[int]]]
+    asked: list[int]
+
+    def room(self, length: int, opening: int) -> int:
+        """Tokens of text that make the longest prompt exactly `length`; raises UserError when there is no room."""
+        taken = opening + sum(map(len, self.facts)) + max(len(q) + len(a) for q, a in self.pairs)
+        number = len(self.facts)
+        if length - taken < number:
+            raise UserError(f"length {length} has no room for {number} facts and a question; use {taken + 8 * number}")
+        return length - taken
+
+
+def draw_facts(tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator, config: NeedleConfig) -> Facts:
+    """Facts about nouns that differ, with random numbers."""
     number = config.keys_per_haystack
     keys = [str(key) for key in rng.choice(nouns("eval"), size=number, replace=False)]
     values = [_number(rng, config.value_digits) for _ in keys]
     facts = encode(tokenizer, [NEEDLE.format(key=k, value=v) for k, v in zip(keys, values, strict=True)])
-    asked = range(number) if config.questions == "all" else [int(rng.integers(number))]
+    asked = list(range(number)) if config.questions == "all" else [int(rng.integers(number))]
     pairs = encode_pairs(tokenizer, [(QUESTION.format(key=keys[i]), f" {values[i]}") for i in asked])
-    room = length - len(opening) - sum(map(len, facts)) - max(len(q) + len(a) for q, a in pairs)
-    if room < number:
-        raise UserError(
-            f"length {length} has no room for {number} facts and a question; use {length - room + 8 * number}"
-        )
+    return Facts(facts, pairs, asked)
+
+
+def plant(
+    tokenizer: PreTrainedTokenizerBase,
+    filler: np.ndarray,
+    boundaries: np.ndarray,
+    length: int,
+    index: int,
+    seed: int,
+    config: NeedleConfig,
+) -> Haystack:
+    """Haystack number `index` of `build_haystacks`; `boundaries` are the `sentence_ends` of the filler."""
+    rng = np.random.default_rng((seed, length, index, 11))
+    opening = special_prefix(tokenizer)
+    drawn = draw_facts(tokenizer, rng, config)
+    room = drawn.room(length, len(opening))
     start = int(rng.integers(len(filler)))
     text = np.take(filler, np.arange(start, start + room), mode="wrap")
     allowed = _boundaries_within(boundaries, len(filler), start, room)
-    parts, places, last, used = [np.asarray(opening)], [], 0, len(opening)
-    for i, fact in enumerate(facts):
+    places: list[int] = []
+    number = len(drawn.facts)
+    for i in range(number):
         wanted = (i + rng.random()) / number * room
-        place = max(last, _nearest(allowed, wanted))
-        places.append(used + place - last)
+        places.append(max([*places[-1:], _nearest(allowed, wanted)]))
+    context, starts = insert_facts(opening, text, drawn.facts, places)
+    depths = [round(starts[i] / len(context), 4) for i in drawn.asked]
+    return Haystack(context, [q for q, _ in drawn.pairs], [a for _, a in drawn.pairs], depths)
+
+
+def insert_facts(
+    opening: Sequence[int], text: np.ndarray, facts: Sequence[Sequence[int]], places: Sequence[int]
+) -> tuple[np.ndarray, list[int]]:
+    """The context with each fact before the token of `text` at its place (ascending), and where each fact begins."""
+    parts, starts, last, used = [np.asarray(opening)], [], 0, len(opening)
+    for fact, place in zip(facts, places, strict=True):
+        starts.append(used + place - last)
         parts += [text[last:place], np.asarray(fact)]
-        used, last = places[-1] + len(fact), place
-    context = np.concatenate([*parts, text[last:]]).astype(np.int64)
-    return Haystack(
-        context, [q for q, _ in pairs], [a for _, a in pairs], [round(places[i] / len(context), 4) for i in asked]
-    )
+        used, last = starts[-1] + len(fact), place
+    return np.concatenate([*parts, text[last:]]).astype(np.int64), starts
 
 
 def build_lists(
@@ -159,21 +187,14 @@ def build_lists(
     What the rows leave over is filled with text before the object. Same exactness as `build_haystacks`.
     """
     config = config or ListConfig()
-    opening = special_prefix(tokenizer)
-    return [
-        _list(tokenizer, filler_tokens, opening, length, np.random.default_rng((seed, length, i, 13)), config)
-        for i in range(count)
-    ]
+    return [make_list(tokenizer, filler_tokens, length, i, seed, config) for i in range(count)]
 
 
-def _list(
-    tokenizer: PreTrainedTokenizerBase,
-    filler: np.ndarray,
-    opening: list[int],
-    length: int,
-    rng: np.random.Generator,
-    config: ListConfig,
+def make_list(
+    tokenizer: PreTrainedTokenizerBase, filler: np.ndarray, length: int, index: int, seed: int, config: ListConfig
 ) -> Haystack:
+    """List number `index` of `build_lists`."""
+    rng, opening = np.random.default_rng((seed, length, index, 13)), special_prefix(tokenizer)
     keys, values, rows = _rows(tokenizer, length, rng, config)
     head, tail = encode(tokenizer, [LIST_OPENING.format(), LIST_CLOSING])
     ends = np.cumsum([len(row) for row in rows])
@@ -242,7 +263,7 @@ def _distinct_keys(rng: np.random.Generator, *, pairs: bool) -> Iterator[str]:
                 yield f"{words[first]} {words[second]}"
 
 
-def _sentence_ends(tokenizer: PreTrainedTokenizerBase, filler: np.ndarray) -> np.ndarray:
+def sentence_ends(tokenizer: PreTrainedTokenizerBase, filler: np.ndarray) -> np.ndarray:
     """Places in `filler` that stand between two sentences: behind a full stop and before white space."""
     if len(filler) < 2:
         raise UserError(f"the filler has {len(filler)} tokens; give held-out text")
@@ -283,88 +304,42 @@ def score_haystacks(
     likely one behind the question and the answer tokens before it (by induction over the tokens), which is what one
     forward over question and answer shows.
     """
+    samples = score_each(model, haystacks, batch_tokens=batch_tokens, chunk=chunk, device=device, progress=progress)
+    return RetrievalScores(
+        correct=np.concatenate([s.values["accuracy"] for s in samples]),
+        logprob=np.concatenate([s.values["answer_logprob"] for s in samples]),
+        haystack=np.repeat(np.arange(len(haystacks)), [len(h.questions) for h in haystacks]),
+        depth=np.concatenate([h.depths for h in haystacks]),
+        tokens_processed=sum(s.tokens for s in samples),
+        tokens_plain=sum(s.tokens_plain for s in samples),
+        truncated=sum(s.truncated for s in samples),
+    )
+
+
+def score_each(
+    model: PreTrainedModel,
+    haystacks: Sequence[Haystack],
+    *,
+    batch_tokens: int = 16384,
+    chunk: int = 4096,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> list[Scored]:
+    """`score_haystacks`, one sample a haystack. A prompt is truncated when the model was given fewer of its tokens."""
     check_context(model, max(haystack.length for haystack in haystacks))
     prompts = [
         Prompt(h.context, tuple(Tail([*q, *a], len(q)) for q, a in zip(h.questions, h.answers, strict=True)))
         for h in haystacks
     ]
     scores = score_prompts(model, prompts, batch_tokens=batch_tokens, chunk=chunk, device=device, progress=progress)
-    sizes = [len(h.questions) for h in haystacks]
-    whole = sum(len(h.questions) * len(h.context) + sum(map(len, [*h.questions, *h.answers])) for h in haystacks)
-    return RetrievalScores(
-        correct=np.concatenate(scores.greedy),
-        logprob=np.concatenate(scores.logprob),
-        haystack=np.repeat(np.arange(len(haystacks)), sizes),
-        depth=np.concatenate([h.depths for h in haystacks]),
-        tokens_processed=scores.tokens_processed,
-        tokens_plain=scores.tokens_plain,
-        truncated=int(scores.tokens_plain != whole),
-    )
-
-
-Builder = Callable[["PreTrainedTokenizerBase", np.ndarray, int, int, int], list[Haystack]]
-
-
-def needle_metrics(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    filler_tokens: np.ndarray,
-    lengths: Sequence[int],
-    count: int,
-    seed: int,
-    *,
-    config: NeedleConfig | None = None,
-    device: str | torch.device | None = None,
-) -> list[Metric]:
-    """Accuracy and answer log-likelihood of planted needles at each length, from `count` haystacks each."""
-    config = config or NeedleConfig()
-
-    def build(tok: PreTrainedTokenizerBase, text: np.ndarray, length: int, number: int, start: int) -> list[Haystack]:
-        return build_haystacks(tok, text, length, number, start, config)
-
-    task = f"multikey-{config.keys_per_haystack}"
-    return _metrics("niah", task, build, model, tokenizer, filler_tokens, lengths, count, seed, device)
-
-
-def list_metrics(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    filler_tokens: np.ndarray,
-    lengths: Sequence[int],
-    count: int,
-    seed: int,
-    *,
-    device: str | torch.device | None = None,
-) -> list[Metric]:
-    """Accuracy and answer log-likelihood of key-value lists at each length, from `count` lists each."""
-    return _metrics("kv", "keyvalue", build_lists, model, tokenizer, filler_tokens, lengths, count, seed, device)
-
-
-def _metrics(
-    suite: str,
-    task: str,
-    build: Builder,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    filler: np.ndarray,
-    lengths: Sequence[int],
-    count: int,
-    seed: int,
-    device: str | torch.device | None,
-) -> list[Metric]:
-    metrics = []
-    for length in lengths:
-        haystacks = build(tokenizer, filler, length, count, seed)
-        with Progress(f"{task} {format_length(length)}", count * length) as progress:
-            scores = score_haystacks(model, haystacks, device=device, progress=progress)
-            progress.note = f"{scores.correct.mean():.0%} right"
-        for name, values in (("accuracy", scores.correct), ("answer_logprob", scores.logprob)):
-            value, stderr = mean_stderr(values.tolist(), scores.haystack.tolist())
-            samples = [round(float(v), 4) for v in values]
-            metrics.append(
-                Metric(
-                    suite=suite, task=task, metric=name, value=value, stderr=stderr,
-                    n=len(values), length=length, samples=samples,
-                )
-            )  # fmt: skip
-    return metrics
+    return [
+        Scored(
+            values={"accuracy": scores.greedy[i].tolist(), "answer_logprob": scores.logprob[i].tolist()},
+            depths=haystack.depths,
+            prompt_tokens=haystack.length,
+            tokens=int(scores.read[i]),
+            tokens_plain=int(scores.given[i].sum()),
+            truncated=int((scores.given[i] < haystack.prompt_sizes).sum()),
+        )
+        for i, haystack in enumerate(haystacks)
+    ]

@@ -1,17 +1,22 @@
-"""The suites by name, and running them: model, tokenizer and lengths in, metrics out, one suite at a time.
+"""The suites by name, and running them: a model, a tokenizer and lengths in, metrics out.
 
-csr   commonsense and continuation through lm-eval; takes limit, data_dir
-niah  needles; takes lengths, limit (haystacks a length)
-kv    key-value lists; takes lengths, limit (lists a length)
-ppl   bits per byte of held-out text; takes lengths (windows), limit (thousands of tokens)
-lm:X  the lm-eval task X; takes limit, data_dir
+csr        commonsense and continuation through lm-eval; takes limit, data_dir
+csr-small  the three tasks that HALO selects layers by; takes limit, data_dir
+continuation  the shipped part of csr alone: continuations of held-out text, for which no data is needed; takes limit
+recall     answers copied out of documents, through lm-eval; takes limit, data_dir
+niah       needles; takes lengths, limit (haystacks a length), precision
+kv         key-value lists; takes lengths, limit (lists a length), precision
+grid       thirteen needles at exactly spaced depths; takes lengths, limit (haystacks a length), precision
+ruler      the tasks of RULER, or one of them as ruler:TASK; takes lengths, limit (samples), precision, data_dir
+ppl        bits per byte of the same held-out text at every length; takes lengths (windows), limit (1024 tokens)
+lm:X       the lm-eval task X; takes limit, data_dir
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,200 +24,232 @@ from halobench.errors import UserError, unknown_name
 from halobench.progress import say
 from halobench.records import Metric
 from halobench.registry import Registry
-from halobench.units import format_count, format_seconds
+from halobench.surgery.documents import content_hash
+from halobench.tasks.estimate import Work
+from halobench.tasks.lm_eval_suite import LmEvalSuite
+from halobench.tasks.perplexity_suite import PerplexitySuite
+from halobench.tasks.request import Failure, Request, Suite
+from halobench.tasks.sampled_suite import SampledSuite
+from halobench.tasks.schedule import Reading
+from halobench.units import format_count, format_length, format_seconds
 
 if TYPE_CHECKING:
     import numpy as np
-    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from halobench.tasks.retrieval import RetrievalTask
+    from halobench.tasks.sampled import SampledTask
+
 LM_PREFIX = "lm:"
-CSR_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "lambada_openai")
 DEFAULT_HAYSTACKS = 25
-DEFAULT_TEXT_TOKENS = 65_536
-PROMPT_TOKENS = 4096  # at least; lm-eval would cut longer prompts
+DEFAULT_RULER_SAMPLES = 100
 
 
-@dataclass(kw_only=True)
-class Request:
-    """What a suite is asked to do. `manager` is lm-eval's index of tasks, built when first needed and kept."""
+def _planted(kind: str) -> Callable[[Request, str], SampledTask]:
+    """Builds the retrieval task of class `kind`."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    lengths: Sequence[int]
-    limit: int | None
-    seed: int
-    data_dir: Path | None
-    device: str | None
-    batch_size: int = 16
-    manager: TaskManager | None = field(default=None, repr=False)
+    def make(request: Request, _: str) -> SampledTask:
+        from halobench.tasks import retrieval
+
+        task: type[RetrievalTask] = getattr(retrieval, kind)
+        filler = held_out_filler(request.tokenizer)
+        return task(request.tokenizer, filler, seed=request.seed, device=request.device)
+
+    return make
 
 
-Suite = Callable[[Request], list[Metric]]
+def _ruler_names() -> Sequence[str]:
+    from halobench.tasks.ruler import RULER_TASKS
+
+    return RULER_TASKS.names()
+
+
+def _ruler_left_out(data_dir: Path | None) -> dict[str, str]:
+    from halobench.tasks.ruler import available
+
+    return available(data_dir)[1]
+
+
+def _ruler_files(data_dir: Path | None) -> Mapping[str, Path]:
+    from halobench.tasks.ruler.questions import HOTPOT_FILES, SQUAD_FILES, find_file
+
+    found = {name: find_file(files, data_dir) for name, files in (("qa_1", SQUAD_FILES), ("qa_2", HOTPOT_FILES))}
+    return {name: path for name, path in found.items() if path is not None}
+
+
+def _ruler_task(request: Request, name: str) -> SampledTask:
+    from halobench.tasks.ruler import make_ruler_task
+
+    return make_ruler_task(name, request.tokenizer, seed=request.seed, data_dir=request.data_dir, device=request.device)
+
+
+csr, csr_small, recall = (LmEvalSuite(name=name) for name in ("csr", "csr-small", "recall"))
+continuation = LmEvalSuite(name="csr", given=("tiny_continuation",))
+niah = SampledSuite(names=lambda: ["multikey-4"], make=_planted("NeedleTask"), count=DEFAULT_HAYSTACKS, version=1)
+kv = SampledSuite(names=lambda: ["keyvalue"], make=_planted("ListTask"), count=DEFAULT_HAYSTACKS, version=1)
+grid = SampledSuite(names=lambda: ["depths-13"], make=_planted("GridTask"), count=DEFAULT_HAYSTACKS, version=1)
+ruler = SampledSuite(
+    names=_ruler_names, left_out=_ruler_left_out, make=_ruler_task, files=_ruler_files, count=DEFAULT_RULER_SAMPLES,
+    version=2,  # 2: RULER's own wording and layout throughout
+)  # fmt: skip
+ppl = PerplexitySuite()
+
 SUITES: Registry[Suite] = Registry(
     "suite",
-    {name: f"halobench.tasks.suites:run_{name}" for name in ("csr", "niah", "kv", "ppl")},
+    {
+        name: f"halobench.tasks.suites:{name.replace('-', '_')}"
+        for name in ("csr", "csr-small", "continuation", "recall", "niah", "kv", "grid", "ruler", "ppl")
+    },
     group="halobench.suites",
 )
 
 
+def resolve_suite(name: str) -> Suite:
+    """The suite called NAME, lm:TASK, or SUITE:TASK for one task of a sampled suite; UserError for an unknown one."""
+    first, _, task = name.partition(":")
+    if name.startswith(LM_PREFIX) and task:
+        return LmEvalSuite(name="lm", given=(task,))
+    if first not in SUITES.names() or (":" in name and not task):
+        raise unknown_name("suite", name, [*SUITES.names(), f"{LM_PREFIX}TASK"])
+    suite = SUITES.get(first)
+    if not task:
+        return suite
+    if not isinstance(suite, SampledSuite):
+        raise UserError(f"suite {name!r}: {first} is run as a whole; for a task of lm-eval write {LM_PREFIX}{task}")
+    if task not in suite.names():
+        raise unknown_name(f"task of suite {first}", task, suite.names())
+    return replace(suite, only=task)
+
+
+def parse_suites(names: Sequence[str]) -> list[str]:
+    """The names, each once; raises UserError for one that is no suite, and for two that measure the same."""
+    unique = list(dict.fromkeys(names))
+    suites = {name: resolve_suite(name) for name in unique}
+    for name in unique:
+        whole = name.partition(":")[0]
+        if whole != name and whole in names:
+            raise UserError(f"suites {whole} and {name} measure {name} twice; give one of them")
+    lm = [(name, suite) for name, suite in suites.items() if isinstance(suite, LmEvalSuite)]
+    for place, (name, suite) in enumerate(lm):
+        for other, second in lm[:place]:
+            both = set(suite.tasks) & set(second.tasks) if suite.name == second.name else set()
+            if both:
+                raise UserError(f"suites {other} and {name} measure {min(both)} twice; give one of them")
+    return unique
+
+
+def settings_of(
+    name: str,
+    *,
+    lengths: Sequence[int],
+    limit: int | None,
+    data_dir: Path | None,
+    seed: int,
+    precision: float | None,
+) -> dict[str, Any]:
+    """What decides the numbers of suite `name`, as plain data; of the arguments, those that it takes.
+
+    version: of its samples. data: the local files it reads, by task, as hashes.
+    """
+    suite = resolve_suite(name)
+    takes = getattr(suite, "takes", frozenset({"lengths", "data_dir"}))
+    settings: dict[str, Any] = {"limit": limit, "seed": seed, "version": getattr(suite, "version", 1)}
+    if "lengths" in takes:
+        settings["lengths"] = sorted(lengths)
+    if "precision" in takes:
+        settings["precision"] = precision
+    if "data_dir" in takes:
+        files: Callable[[Path | None], Mapping[str, Path]] | None = getattr(suite, "files", None)
+        settings["data_dir"] = str(data_dir.resolve()) if data_dir is not None else None
+        settings["data"] = {task: content_hash(path) for task, path in files(data_dir).items()} if files else {}
+    return settings
+
+
 @dataclass(frozen=True, kw_only=True)
 class SuiteOutcome:
-    """Metrics of one suite, the tokens the model read for them, and the seconds."""
+    """Metrics of one suite, the tokens that the model read for them, and the seconds.
+
+    readings: of sampled tasks; what an earlier run that was interrupted read for them is in all figures. details: what
+    else the suite says. failed: what found no memory. peak_bytes: the highest memory use of the process (on a GPU: of
+    the GPU), weights included, an earlier run's for the same numbers among them.
+    """
 
     suite: str
     metrics: list[Metric]
     tokens: int
     seconds: float
+    readings: list[Reading] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    failed: list[Failure] = field(default_factory=list)
+    peak_bytes: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalOutcome:
-    """All suites together; `suites` has them one by one, `settings` what decides the numbers."""
+def run_suite(name: str, request: Request) -> SuiteOutcome:
+    """Runs one suite.
 
-    metrics: list[Metric]
-    settings: dict[str, Any]
-    tokens: int
-    seconds: float
-    suites: list[SuiteOutcome]
-
-
-def parse_suites(names: Sequence[str]) -> list[str]:
-    """The names, each once; raises UserError for one that is neither a suite nor of the form lm:TASK."""
-    for name in names:
-        is_task = name.startswith(LM_PREFIX) and len(name) > len(LM_PREFIX)
-        if not is_task and name not in SUITES.names():
-            raise unknown_name("suite", name, [*SUITES.names(), f"{LM_PREFIX}TASK"])
-    return list(dict.fromkeys(names))
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    suites: Sequence[str],
-    lengths: Sequence[int],
-    limit: int | None,
-    *,
-    seed: int = 0,
-    data_dir: Path | None = None,
-    device: str | None = None,
-    batch_size: int = 16,
-    on_suite: Callable[[SuiteOutcome], None] | None = None,
-) -> EvalOutcome:
-    """Runs `suites` one after another.
-
-    Args:
-        suites: names of SUITES, or lm:TASK for a task of lm-eval.
-        lengths: context lengths in tokens for niah and ppl.
-        limit: items of each task, haystacks of each length, thousands of tokens of text; None for each suite's own.
-        data_dir: folder with `eval/*.jsonl.gz` that lm-eval tasks are read from.
-        device: where inputs go; the model's own by default.
-        batch_size: sequences in one forward of lm-eval.
-        on_suite: called with each suite as it is finished, so that a caller can save it.
+    Raises:
+        UserError: no lengths where they are needed, or one that the model's positions cannot express.
     """
-    from halobench.tasks.scoring import TokenCount, check_context
+    from halobench.tasks.memory import peak, reset_peak
+    from halobench.tasks.scoring import TokenCount
 
-    names = parse_suites(suites)
-    if {"niah", "kv", "ppl"} & set(names):
-        if not lengths:
-            raise UserError("suites niah, kv and ppl need context lengths; give --lengths, e.g. 512,2k")
-        check_context(model, max(lengths))
-    request = Request(
-        model=model, tokenizer=tokenizer, lengths=sorted(lengths), limit=limit, seed=seed,
-        data_dir=data_dir, device=device, batch_size=batch_size,
+    suite = resolve_suite(name)
+    check_lengths(name, suite, request)
+    request = replace(request, readings=[], details={}, parts=[], failed=[])
+    say(f"suite {name}")
+    _say_beyond_window(suite, request)
+    reset_peak(request.torch_device)
+    started = time.monotonic()
+    with TokenCount(request.model) as count:
+        metrics = suite(request)
+    pieces: list[Any] = [*request.readings, *request.parts]
+    outcome = SuiteOutcome(
+        suite=name, metrics=metrics, readings=request.readings, details=request.details, failed=request.failed,
+        tokens=sum(piece.tokens for piece in pieces) if pieces else count.tokens,
+        seconds=sum(piece.seconds for piece in pieces) if pieces else time.monotonic() - started,
+        peak_bytes=max(peak(request.torch_device), *(piece.peak_bytes for piece in pieces), 0),
     )  # fmt: skip
-    outcomes = []
-    for name in names:
-        say(f"suite {name}")
-        started = time.monotonic()
-        with TokenCount(model) as count:
-            metrics = _run(name, request)
-        outcome = SuiteOutcome(suite=name, metrics=metrics, tokens=count.tokens, seconds=time.monotonic() - started)
-        say(f"suite {name}: {format_count(outcome.tokens)} tokens in {format_seconds(outcome.seconds)}")
-        outcomes.append(outcome)
-        if on_suite is not None:
-            on_suite(outcome)
-    return EvalOutcome(
-        metrics=[metric for outcome in outcomes for metric in outcome.metrics],
-        settings={
-            "suites": names,
-            "lengths": list(request.lengths),
-            "limit": limit,
-            "seed": seed,
-            "data_dir": str(data_dir) if data_dir else None,
-            "batch_size": batch_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        },
-        tokens=sum(outcome.tokens for outcome in outcomes),
-        seconds=sum(outcome.seconds for outcome in outcomes),
-        suites=outcomes,
-    )
+    say(f"suite {name}: {format_count(outcome.tokens)} tokens in {format_seconds(outcome.seconds)}")
+    return outcome
 
 
-def _run(name: str, request: Request) -> list[Metric]:
-    if name.startswith(LM_PREFIX):
-        return _lm_eval(request, [name.removeprefix(LM_PREFIX)], "lm")
-    return SUITES.get(name)(request)
+def _say_beyond_window(suite: Suite, request: Request) -> None:
+    """Says which lengths are beyond what the model's config names, aloud and in the details; prompts are read whole."""
+    from halobench.tasks.scoring import window_of
+
+    window = window_of(request.model)
+    beyond = [length for length in request.lengths if window is not None and length > window]
+    if beyond and getattr(suite, "needs_lengths", False):
+        request.details["beyond_window"] = {"window": window, "lengths": beyond}
+        said = ", ".join(format_length(length) for length in beyond)
+        say(f"{said}: beyond the model's window of {window} tokens; prompts are read whole, and not cut")
 
 
-def _lm_eval(request: Request, tasks: list[str], suite: str) -> list[Metric]:
-    from halobench.tasks.csr import LOCAL_TASKS, OFFLINE_TASK, default_manager, run_lm_eval
+def check_lengths(name: str, suite: Suite, request: Request) -> None:
+    """Refuses lengths that are missing where they matter, or beyond a model's table of positions."""
+    from halobench.tasks.scoring import check_context
 
-    local = [OFFLINE_TASK, *(LOCAL_TASKS if request.data_dir else ())]
-    if request.manager is None and not set(tasks) <= set(local):
-        request.manager = default_manager()
-    return run_lm_eval(
-        request.model, request.tokenizer, tasks, limit=request.limit, batch_size=request.batch_size,
-        max_length=max([PROMPT_TOKENS, *request.lengths]), data_dir=request.data_dir, seed=request.seed,
-        suite=suite, manager=request.manager,
-    )  # fmt: skip
+    if getattr(suite, "needs_lengths", False):
+        if not request.lengths:
+            raise UserError(f"suite {name} needs context lengths; give --lengths, e.g. 512,2k")
+        check_context(request.model, max(request.lengths))
 
 
-def run_csr(request: Request) -> list[Metric]:
-    """Our offline continuation task; with a data folder the six commonsense tasks too."""
-    from halobench.tasks.csr import OFFLINE_TASK
-
-    return _lm_eval(request, [OFFLINE_TASK, *(CSR_TASKS if request.data_dir else ())], "csr")
-
-
-def run_niah(request: Request) -> list[Metric]:
-    """Four needles in a haystack, at every length."""
-    from halobench.tasks.needle import needle_metrics
-
-    return _planted(needle_metrics, request)
+def work_of(name: str, request: Request) -> list[Work]:
+    """What a suite will read, for an estimate; a suite that cannot say has one row without tokens."""
+    suite = resolve_suite(name)
+    check_lengths(name, suite, request)
+    plan: Callable[[Request], list[Work]] | None = getattr(suite, "work", None)
+    return plan(request) if plan else [Work(suite=name, task="all", length=None, samples=None, tokens=None)]
 
 
-def run_kv(request: Request) -> list[Metric]:
-    """Key-value lists, at every length."""
-    from halobench.tasks.needle import list_metrics
+def probe_length(model: PreTrainedModel, work: Sequence[Work]) -> int:
+    """The longest length at which the model is to be timed for this work; 0 when nothing is to be read."""
+    from halobench.tasks.estimate import SHORT
+    from halobench.tasks.scoring import most_positions
 
-    return _planted(list_metrics, request)
-
-
-def _planted(measure: Callable[..., list[Metric]], request: Request) -> list[Metric]:
-    filler = held_out_filler(request.tokenizer)
-    count = request.limit or DEFAULT_HAYSTACKS
-    arguments = (request.model, request.tokenizer, filler, request.lengths, count, request.seed)
-    return measure(*arguments, device=request.device)
-
-
-def run_ppl(request: Request) -> list[Metric]:
-    """Bits per byte: long novels in windows of every length, and short modern documents in windows of the shortest."""
-    from halobench.assets import TEXT_HELDOUT, TEXT_LONG
-    from halobench.tasks.perplexity import bits_per_byte
-    from halobench.tasks.text import read_jsonl
-
-    budget = request.limit * 1024 if request.limit else DEFAULT_TEXT_TOKENS
-    novels = [document.text for document in read_jsonl(TEXT_LONG)]
-    modern = [document.text for document in read_jsonl(TEXT_HELDOUT) if document.kind == "modern"]
-    texts = [("modern", modern, request.lengths[0]), *(("novels", novels, length) for length in request.lengths)]
-    metrics = []
-    for name, documents, window in texts:
-        metrics += bits_per_byte(
-            request.model, request.tokenizer, documents,
-            window=window, max_tokens=max(budget, window), name=name, device=request.device,
-        )  # fmt: skip
-    return metrics
+    longest = max((row.length or SHORT for row in work if row.missing), default=0)
+    return min(longest, most_positions(model) or longest)
 
 
 def held_out_filler(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

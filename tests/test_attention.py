@@ -29,6 +29,28 @@ def test_it_equals_the_definition_with_grouped_heads_and_a_past(tokens: int, key
     torch.testing.assert_close(attend(q, k, v, scale=0.4), attend_naive(q, k, v, scale=0.4))
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("tokens", "keys"), [(2, 3), (4, 9), (40, 300)])
+def test_a_past_on_a_cpu_needs_no_mask_and_equals_the_definition(
+    tokens: int, keys: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(softmax, "_in_pieces", None)
+    q, k, _ = inputs(tokens, keys, kv_heads=kv_heads)
+    v = k.flip(1) * 3
+    torch.testing.assert_close(attend(q, k, v, scale=0.4), attend_naive(q, k, v, scale=0.4))
+    half = [x.bfloat16() for x in (q, k, v)]
+    torch.testing.assert_close(attend(*half, scale=0.4), attend_naive(*half, scale=0.4), atol=0.03, rtol=0.03)
+
+
+def test_a_past_whose_gradient_is_wanted_has_it() -> None:
+    q, k, _ = inputs(4, 9)
+    leaves = [x.requires_grad_() for x in (q, k, k.flip(1) * 3)]
+    found, expected = (
+        torch.autograd.grad((form(*leaves, scale=0.4) ** 2).sum(), leaves) for form in (attend, attend_naive)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("tokens", "keys"), [(9, 9), (1, 9), (4, 9)])
 @pytest.mark.parametrize("window", [None, 3])

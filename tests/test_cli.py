@@ -221,7 +221,7 @@ def test_plan_takes_a_config_file_alone(place: Path, llama: Path) -> None:
 
 PLAN_MISTAKES: list[tuple[list[str], str]] = [
     (["qwen3-9b"], "did you mean 'qwen3-8b'? give a model folder"),
-    (["nothing"], "or a shape: llama-3.2-3b, qwen3-1.7b, qwen3-4b, qwen3-8b"),
+    (["nothing"], "or a shape: llama-3.2-3b, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b"),
     (["tiny", "--mixer", "lightening"], "did you mean 'lightning'"),
     (["tiny", "--mixer", "softmax"], "nothing to convert"),
     (["tiny", "--layers", "99"], "keep names layer 99; the model's layers are 0 to"),
@@ -323,6 +323,13 @@ def test_help_answers_at_once() -> None:
     assert min(times) < 0.5
 
 
+def shape_of(model: Path, folder: Path) -> Path:
+    """A folder with a model's config and no weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+    return folder
+
+
 def test_the_readmes_commands_run(place: Path, llama: Path) -> None:
     """Every halobench command of README.md, on a pico model and a small budget."""
     text = (ROOT / "README.md").read_text()
@@ -335,6 +342,9 @@ def test_the_readmes_commands_run(place: Path, llama: Path) -> None:
     for command in commands:
         words = [str(llama) if word == "MODEL" else word for word in command.split()]
         words = [str(hypenet) if word == "HYPENET" else word for word in words]
+        words = [
+            f"preset:{shape_of(llama, place / word[7:])}" if word.startswith("preset:") else word for word in words
+        ]
         words = ["300,512" if word == "4k,32k" else word for word in words]
         if words[0] == "convert":
             words += ["--data", "sample", *sets(small)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halobench.demo import plan_variants
+from halobench.demo import METHODS, plan_variants
 from halobench.surgery.selection import Ranking
 
 
@@ -39,7 +39,7 @@ SMALL = [
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_a_leaderboard_and_two_pictures(tmp_path: Path) -> None:
+def test_the_demo_ends_by_naming_a_leaderboard_and_a_report(tmp_path: Path) -> None:
     sets = [part for value in SMALL for part in ("--set", value)]
     command = [sys.executable, "-m", "halobench", "demo", "-o", str(tmp_path / "demo"), *sets]
     environment = {**os.environ, "HALOBENCH_CACHE": str(tmp_path / "cache")}
@@ -48,7 +48,8 @@ def test_the_demo_ends_with_a_leaderboard_and_two_pictures(tmp_path: Path) -> No
     folder = tmp_path / "demo"
     board = (folder / "leaderboard.md").read_text()
     assert "HALO" in board and "even" in board and "RoPE" in board
-    assert all((folder / name).stat().st_size > 10_000 for name in ("needles.png", "layers.png"))
-    assert any(line.strip() == str(folder / "leaderboard.md") for line in found.stderr.splitlines()[-8:])
+    assert all((folder / name).stat().st_size > 10_000 for name in ("needles.png", "layers.png", "report.html"))
+    named = [line.strip() for line in found.stderr.splitlines()[-2:]]
+    assert named == [str(folder / name) for name in ("leaderboard.md", "report.html")]
     selection = json.loads((folder / "selection.record.json").read_text())["details"]["selection"]
-    assert set(selection["methods"]) == {"halo", "kl-ls", "jet-nemotron", "even", "random"}
+    assert set(selection["methods"]) == set(METHODS)

@@ -102,7 +102,8 @@ def config_file(folder: Path, family: str, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("shape", "billions"), [("qwen3-1.7b", 1.72), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("llama-3.2-3b", 3.21)]
+    ("shape", "billions"),
+    [("qwen3-0.6b", 0.596), ("qwen3-1.7b", 1.72), ("qwen3-4b", 4.02), ("qwen3-8b", 8.19), ("llama-3.2-3b", 3.21)],
 )
 def test_every_shape_has_the_size_its_model_card_says_and_is_planned_in_seconds(shape: str, billions: float) -> None:
     started = time.perf_counter()
@@ -113,7 +114,7 @@ def test_every_shape_has_the_size_its_model_card_says_and_is_planned_in_seconds(
 
 
 def test_every_shape_that_ships_is_tested_above() -> None:
-    assert shape_names() == ["llama-3.2-3b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"]
+    assert shape_names() == ["llama-3.2-3b", "qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"]
 
 
 def test_the_released_hybrids_have_the_released_number_of_parameters(tmp_path: Path) -> None:

@@ -16,12 +16,15 @@ import pytest
 from halobench.errors import HalobenchError, UserError
 from halobench.records import LedgerRow, Metric, ModelCard, RunRecord
 from halobench.reports import write_report
+from halobench.reports.charts import spread
 from halobench.reports.comparison import Target, bootstrap_interval, bootstrap_means, compare, holm, sign_flip_p
-from halobench.reports.layer_plot import fit, layers_title
-from halobench.reports.leaderboard import write_leaderboard
-from halobench.reports.needle_plot import spread
-from halobench.reports.plots import plot_layer_scores, plot_needles
+from halobench.reports.figures import needle_figure, needle_title
+from halobench.reports.layer_bars import fit, layer_bars, layers_title
+from halobench.reports.leaderboard import board_files, make_board
+from halobench.reports.palette import LIGHT
+from halobench.reports.plots import layers_figure, plots_of
 from halobench.reports.rows import build_rows, group_by_teacher
+from halobench.reports.scene import save_png
 from halobench.reports.table import escape, number, render, signed, significant
 
 ENVIRONMENT = {
@@ -133,11 +136,11 @@ def marked(text: str) -> list[str]:
     return [cell for row in table(text).values() for cell in row.values() if cell.endswith("best**")]
 
 
-def board(records: list[RunRecord], tmp_path: Path) -> str:
-    return write_leaderboard(records, tmp_path / "leaderboard.md").read_text(encoding="utf-8")
+def board(records: list[RunRecord]) -> str:
+    return board_files(make_board(records), {})["leaderboard.md"]
 
 
-def test_the_table_repeats_the_numbers_of_the_records(tmp_path: Path) -> None:
+def test_the_table_repeats_the_numbers_of_the_records() -> None:
     margin = plain("csr", "tiny_continuation", "margin", 0.1873, 0.0142)
     accuracy = plain("csr", "tiny_continuation", "acc", 0.515, 0.018)
     bits = plain("ppl", "modern", "bits_per_byte", 1.7104, 0.0061, higher_is_better=False)
@@ -152,7 +155,7 @@ def test_the_table_repeats_the_numbers_of_the_records(tmp_path: Path) -> None:
         evaluated(HALO, (90, 91), margin, accuracy, bits),
         record(HALO, speed, kind="profile"),
     ]
-    row = table(board(records, tmp_path))["HALO = recall\\_drop"]
+    row = table(board(records))["HALO = recall\\_drop"]
     stderr = np.std(hits(90), ddof=1) / 10
     assert row["needles 512 ×1 (trained)"] == f"0.900 ±{stderr:.3f}"
     assert row["needles 1K ×2"].startswith("0.910 ±")
@@ -163,15 +166,13 @@ def test_the_table_repeats_the_numbers_of_the_records(tmp_path: Path) -> None:
     assert (row["kept layers (of 8)"], row["positions"], row["tokens"]) == ("2, 7", "HyPE", "500K")
 
 
-def test_the_teacher_comes_first_and_hybrids_follow_by_needles_beyond_training(tmp_path: Path) -> None:
-    rows = list(table(board([*study(), selection()], tmp_path)))
+def test_the_teacher_comes_first_and_hybrids_follow_by_needles_beyond_training() -> None:
+    rows = list(table(board([*study(), selection()])))
     assert rows == ["**tiny** (teacher)", "HALO = recall drop", "even spacing", "HALO = recall drop (RoPE kept)"]
 
 
-def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
-    text = board(
-        [evaluated(TEACHER, (100, 40)), evaluated(HALO, (90,), plain("ppl", "modern", "bits_per_byte", 1.7))], tmp_path
-    )
+def test_what_was_not_measured_is_a_dash() -> None:
+    text = board([evaluated(TEACHER, (100, 40)), evaluated(HALO, (90,), plain("ppl", "modern", "bits_per_byte", 1.7))])
     rows = table(text)
     assert rows["**tiny** (teacher)"]["bits per byte, modern"] == "–"
     assert rows["HALO = recall\\_drop"]["needles 1K ×2"] == "–"
@@ -179,37 +180,41 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert "TPOT" not in text.split("## Notes")[0]
 
 
-def test_running_out_of_memory_is_a_result(tmp_path: Path) -> None:
+def test_running_out_of_memory_is_a_result() -> None:
     speed = [plain("profile", "tpot_ms", "batch-1", 3.0, length=length) for length in (512, 8192)]
     rows = [{"context": 512, "status": "ok"}, {"context": 8192, "status": "oom", "error": "8 GiB wanted"}]
     records = [evaluated(TEACHER, (100,)), record(TEACHER, speed[:1], kind="profile", details={"rows": rows})]
     records += [evaluated(HALO, (90,)), record(HALO, speed, kind="profile")]
-    text = board(records, tmp_path)
+    text = board(records)
     assert table(text)["**tiny** (teacher)"]["TPOT ms at 512 / 8K"] == "3.00 / out of memory"
     assert "**Failed**: profile of tiny: out of memory at 8K tokens" in text
     bits = plain("ppl", "modern", "bits_per_byte", 1.7)
-    whole = record(EVEN, status="error", error="CUDA out of memory", settings={"suites": ["ppl"]})
-    row = table(board([evaluated(HALO, (90,), bits), whole], tmp_path))["even"]
+    whole = record(EVEN, status="error", error="CUDA out of memory", settings={"ppl": {"seed": 0}})
+    row = table(board([evaluated(HALO, (90,), bits), whole]))["even"]
     assert (row["bits per byte, modern"], row["needles 512 ×1 (trained)"]) == ("out of memory", "–")
 
 
-def test_an_advantage_over_every_other_hybrid_is_marked_and_noise_is_not(tmp_path: Path) -> None:
-    clear = table(
-        board([evaluated(TEACHER, (100, 43)), evaluated(HALO, (90, 91)), evaluated(EVEN, (89, 60))], tmp_path)
-    )
+def test_a_length_without_memory_stands_beside_those_that_were_measured() -> None:
+    failed = [{"suite": "niah", "task": "multikey-4", "length": 1024, "error": "out of memory"}]
+    row = table(board([evaluated(HALO, (90, 91)), evaluated(EVEN, (80,), details={"failed": failed})]))["even"]
+    assert row["needles 1K ×2"] == "out of memory" and row["needles 512 ×1 (trained)"].startswith("0.800")
+
+
+def test_an_advantage_over_every_other_hybrid_is_marked_and_noise_is_not() -> None:
+    clear = table(board([evaluated(TEACHER, (100, 43)), evaluated(HALO, (90, 91)), evaluated(EVEN, (89, 60))]))
     assert clear["HALO = recall\\_drop"]["needles 1K ×2"].endswith("best**")
     assert "best" not in clear["HALO = recall\\_drop"]["needles 512 ×1 (trained)"], "90 against 89 is noise"
     third = card("third", [4, 7], ("third",))
     records = [evaluated(HALO, (90, 91)), evaluated(EVEN, (89, 60)), evaluated(third, (90, 90))]
-    assert marked(board(records, tmp_path)) == [], "ahead of one rival is not ahead of all"
+    assert marked(board(records)) == [], "ahead of one rival is not ahead of all"
 
 
-def test_a_lead_without_uncertainty_is_never_a_win(tmp_path: Path) -> None:
+def test_a_lead_without_uncertainty_is_never_a_win() -> None:
     bare = [
         record(model, [plain("niah", "multikey-4", "accuracy", value, length=1024)])
         for model, value in ((TEACHER, 0.4), (HALO, 0.95), (EVEN, 0.1))
     ]
-    text = board(bare, tmp_path)
+    text = board(bare)
     assert marked(text) == []
     assert "no uncertainty was recorded, so no difference is claimed" in text
     assert "**Better**" not in text
@@ -302,24 +307,24 @@ def test_questions_about_one_haystack_count_once() -> None:
     assert found[1].difference == pytest.approx(found[4].difference)
 
 
-def test_what_lies_beyond_training_is_beyond_the_hybrids_last_stage(tmp_path: Path) -> None:
+def test_what_lies_beyond_training_is_beyond_the_hybrids_last_stage() -> None:
     longer = [replace(model, trained_length=1024) for model in (HALO, EVEN)]
-    text = board([evaluated(TEACHER, (100, 43, 1)), *(evaluated(model, (90, 80, 70)) for model in longer)], tmp_path)
+    text = board([evaluated(TEACHER, (100, 43, 1)), *(evaluated(model, (90, 80, 70)) for model in longer)])
     assert {"needles 512 ×0.5", "needles 1K ×1 (trained)", "needles 2K ×2"} <= set(table(text)["even"])
     assert table(text)["even"]["needles beyond training"].startswith("0.700 ±")
     assert "needles within the training length (512, ×0.5)" in text, "1K is beyond what the teacher was trained on"
 
 
-def test_commonsense_tasks_have_a_mean(tmp_path: Path) -> None:
+def test_commonsense_tasks_have_a_mean() -> None:
     tasks = [plain("csr", "piqa", "acc", 0.6, 0.03), plain("csr", "piqa", "acc_norm", 0.7, 0.03)]
     tasks.append(plain("csr", "lambada_openai", "acc", 0.5, 0.04))
-    rows = table(board([evaluated(HALO, (90,), *tasks), evaluated(TEACHER, (100,))], tmp_path))
+    rows = table(board([evaluated(HALO, (90,), *tasks), evaluated(TEACHER, (100,))]))
     assert rows["HALO = recall\\_drop"]["CSR mean (2 tasks)"] == "0.600 ±0.025"
     assert rows["**tiny** (teacher)"]["CSR mean (2 tasks)"] == "–"
 
 
-def test_the_sentences_follow_the_comparisons(tmp_path: Path) -> None:
-    text = board([*study(), selection()], tmp_path)
+def test_the_sentences_follow_the_comparisons() -> None:
+    text = board([*study(), selection()])
     even = next(line for line in text.splitlines() if line.startswith("- **HALO against even spacing**"))
     assert "1K to 2K, ×2 to ×4" in even and "HALO = recall drop 0.915" in even and "even spacing 0.700" in even
     assert "difference +0.215, 95% interval +0." in even and "(200 samples, p < 0.001)" in even
@@ -328,31 +333,29 @@ def test_the_sentences_follow_the_comparisons(tmp_path: Path) -> None:
     assert beyond.endswith("**Better**: HALO = recall drop.")
     assert inside.endswith("**Better**: HALO = recall drop (RoPE kept).")
     assert "is ahead of every other, each difference beyond noise" in text
-    level = board([evaluated(HALO, (90, 91)), evaluated(EVEN, (80, 90))], tmp_path)
-    assert "**Within noise**: neither is ahead" in level and "not told apart from even" in level
+    level = board([evaluated(HALO, (90, 91)), evaluated(EVEN, (80, 90))])
+    assert "**Not told apart**" in level and "not told apart from even" in level
 
 
-def test_equal_choices_share_a_row_and_say_so(tmp_path: Path) -> None:
+def test_equal_choices_share_a_row_and_say_so() -> None:
     again = card("halo", [2, 7], ("kl",), hash=HALO.hash)
     records = [
         evaluated(TEACHER, (100, 43)),
         evaluated(HALO, (90, 91)),
         record(again, [plain("ppl", "m", "bits_per_byte", 2.0)]),
     ]
-    rows = table(board([*records, selection()], tmp_path))
+    rows = table(board([*records, selection()]))
     assert list(rows) == ["**tiny** (teacher)", "HALO = recall drop = kl"]
     same = evaluated(card("both", [3, 7], ("halo", "even")), (80, 70))
-    assert "HALO and even spacing chose the same layers (3, 7)" in board(
-        [evaluated(TEACHER, (100, 43)), same], tmp_path
-    )
+    assert "HALO and even spacing chose the same layers (3, 7)" in board([evaluated(TEACHER, (100, 43)), same])
 
 
-def test_two_models_of_one_name_are_both_shown_apart(tmp_path: Path) -> None:
+def test_two_models_of_one_name_are_both_shown_apart() -> None:
     twins = [
         evaluated(card("twin", [2, 7], ("kl",), hash=f"{mark}" * 16), (count,))
         for mark, count in (("a", 90), ("b", 10))
     ]
-    rows = table(board(twins, tmp_path))
+    rows = table(board(twins))
     assert [name.replace("\\", "") for name in rows] == ["kl (twin) #aaaaaaaa", "kl (twin) #bbbbbbbb"]
     teachers = build_rows([evaluated(card("tiny", hash="c" * 16), (1,)), evaluated(card("tiny", hash="d" * 16), (2,))])
     assert [row.label for row in teachers] == ["tiny #cccccccc", "tiny #dddddddd"]
@@ -419,19 +422,26 @@ def close_to(image: np.ndarray, colour: str) -> int:
 
 
 def test_the_needle_plot_draws_every_model_in_its_colour(tmp_path: Path) -> None:
-    image = pixels(plot_needles(build_rows(study()), tmp_path / "needles.png"))
-    assert image.shape[1] == 1536 and image.std() > 0.05
-    for colour in ("#1A1A1A", "#0072B2", "#D55E00", "#009E73"):
-        assert close_to(image, colour) > 300, f"{colour} is missing"
-    assert close_to(image, "#CC79A7") == 0, "no fourth hybrid was given"
-    assert close_to(image, "#FFFFFF") > image.shape[0] * image.shape[1] / 2
-    again = plot_needles(build_rows(study()), tmp_path / "again.png")
-    assert again.read_bytes() == (tmp_path / "needles.png").read_bytes()
+    (group,) = make_board(study()).groups
+    drawn = needle_figure(group)
+    assert drawn is not None
+    image = pixels(save_png(drawn, tmp_path / "needles.png"))
+    assert image.shape[1] > 1500 and image.std() > 0.05
+    for role in ("ink", "s0", "s1", "s2"):
+        assert close_to(image, LIGHT[role]) > 300, f"{role} is missing"
+    assert close_to(image, LIGHT["s3"]) == 0, "no fourth hybrid was given"
+    assert close_to(image, LIGHT["paper"]) > image.shape[0] * image.shape[1] / 2
+    assert (
+        needle_title(group)
+        == "At 2K tokens, 4 times the training length, HALO = recall_drop finds 92% of the needles, the teacher 1%"
+    )
+    save_png(drawn, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "needles.png").read_bytes()
 
 
 def test_the_layer_plot_highlights_what_is_kept_and_fits_an_extreme_score(tmp_path: Path) -> None:
-    image = pixels(plot_layer_scores(selection(), tmp_path / "layers.png"))
-    assert close_to(image, "#0072B2") > 5_000 and close_to(image, "#C3C9D1") > 5_000
+    image = pixels(save_png(layers_figure(selection()), tmp_path / "layers.png"))
+    assert close_to(image, LIGHT["kept"]) > 5_000 and close_to(image, LIGHT["rest"]) > 5_000
     scale = fit([0.1, 0.4, 24_700.0, 0.2, 0.3, 0.1, 0.9, 0.5], [0.0] * 8)
     assert scale.base == 0 and 0.9 < scale.high < 3, "the extreme score does not flatten the others"
     narrow = fit([-0.84, -0.79, -0.86, -0.71], [0.01] * 4)
@@ -439,12 +449,13 @@ def test_the_layer_plot_highlights_what_is_kept_and_fits_an_extreme_score(tmp_pa
     assert layers_title(selection().details["selection"]["methods"]) == "Layer 7 is kept by all 3 selectors"
 
 
-def test_plots_without_data_say_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(HalobenchError, match="halobench eval"):
-        plot_needles(build_rows([record(HALO)]), tmp_path / "x.png")
-    with pytest.raises(HalobenchError, match="halobench select"):
-        plot_layer_scores(record(TEACHER, kind="select"), tmp_path / "x.png")
-    assert not (tmp_path / "x.png").exists()
+def test_scores_that_are_alike_but_for_one_are_drawn() -> None:
+    drawn = layer_bars("x", {"layers": [3], "scores": [1.0, 1.0, 1.0, 100.0]}, 4)
+    assert len([part for part in drawn.parts if getattr(part, "data", False)]) == 4
+
+
+def test_what_was_not_measured_is_not_drawn() -> None:
+    assert [plot.stem for plot in plots_of(make_board([record(HALO), record(TEACHER, kind="select")]))] == []
 
 
 def test_labels_are_pushed_apart_and_stay_in_order() -> None:
@@ -460,16 +471,17 @@ def test_write_report_makes_the_whole_folder_and_counts_a_record_once(tmp_path: 
         made.save(run / "eval" / f"{made.model.name}.record.json")
     selection().save(run / "select.record.json")
     written = write_report([run, run / "eval"], tmp_path / "report")
-    names = ["leaderboard.md", "leaderboard.csv", "leaderboard.json", "needles.png", "layers.png"]
+    names = ["leaderboard.md", "report.html", "leaderboard.csv", "leaderboard.json"]
+    names += [f"{stem}.{kind}" for stem in ("needles", "curves", "heatmap", "layers") for kind in ("png", "svg")]
     assert [path.name for path in written] == names and all(path.is_file() for path in written)
     text = written[0].read_text(encoding="utf-8")
     assert "](needles.png)" in text and "](layers.png)" in text and str(tmp_path) not in text
     for part in ("**Seeds**: eval 0", "torch 2.13.0", "Example CPU, 2 cores", "needles 512 ×1 (trained) 100"):
         assert part in text
-    rows = json.loads(written[2].read_text(encoding="utf-8"))["groups"][0]["rows"]
+    rows = json.loads(written[3].read_text(encoding="utf-8"))["groups"][0]["rows"]
     assert [row["label"] for row in rows][:2] == ["tiny", "HALO = recall drop"]
     assert rows[1]["metrics"][0]["value"] in (0.9, 0.91, 0.92) and "samples" not in rows[1]["metrics"][0]
-    with written[1].open(encoding="utf-8", newline="") as file:
+    with written[2].open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 12 and {line["length"] for line in lines} == {"512", "1024", "2048"}
 

@@ -9,7 +9,7 @@ from halobench.assets import TEXT_LONG
 from halobench.surgery.plan import SurgeryPlan
 from halobench.surgery.transplant import transplant
 from halobench.tasks.continuation import load_items, score_items
-from halobench.tasks.csr import run_lm_eval
+from halobench.tasks.lm_eval_bridge import run_lm_eval
 from halobench.tasks.needle import build_haystacks, score_haystacks
 from halobench.tasks.perplexity import bits_per_byte
 from halobench.tasks.profile import profile_model, profile_pair
@@ -39,7 +39,7 @@ def test_shared_haystacks_score_as_plain_prompts(batch_tokens, chunk, hybrid, bp
 
 def test_the_bridge_and_our_own_scoring_agree(hybrid, bpe) -> None:  # type: ignore[no-untyped-def]
     ours = score_items(hybrid, bpe, load_items(6))
-    metrics = run_lm_eval(hybrid, bpe, ["tiny_continuation"], limit=6, batch_size=5, max_length=2048, seed=0)
+    metrics = run_lm_eval(hybrid, bpe, ["tiny_continuation"], limit=6, batch_size=5, seed=0).metrics
     margin = next(metric for metric in metrics if metric.metric == "margin")
     assert margin.samples == pytest.approx(ours.margin.tolist(), abs=1e-3)
 
@@ -47,7 +47,8 @@ def test_the_bridge_and_our_own_scoring_agree(hybrid, bpe) -> None:  # type: ign
 def test_bits_per_byte_do_not_depend_on_the_batch(hybrid, bpe) -> None:  # type: ignore[no-untyped-def]
     texts = [document.text[:n] for document, n in zip(read_jsonl(TEXT_LONG), (900, 400, 700), strict=False)]
     one, many = (
-        bits_per_byte(hybrid, bpe, texts, window=128, max_tokens=10**6, name="t", batch_tokens=n)[0] for n in (1, 4096)
+        bits_per_byte(hybrid, bpe, texts, window=128, max_tokens=10**6, name="t", batch_tokens=n).metric
+        for n in (1, 4096)
     )
     assert one.value == pytest.approx(many.value, rel=1e-5)
 

@@ -33,8 +33,8 @@ def oracle(
     from halobench.oracle import OracleSettings, run_oracle
     from halobench.progress import say
     from halobench.recipe import load_recipe
-    from halobench.records import read_record
     from halobench.reports import write_oracle
+    from halobench.reports.reading import read_runs
     from halobench.surgery.selection import SELECTORS
 
     for name in method or []:
@@ -42,5 +42,5 @@ def oracle(
     settings = OracleSettings(keep=keep, judges=judges, leaders=leaders, haystacks=haystacks, most=most)
     chosen = load_recipe(recipe, set_ or [])
     record = run_oracle(teacher, chosen, method or list(METHODS), settings, out, workers)
-    for path in write_oracle([read_record(record)], out):
+    for path in write_oracle(read_runs([record]), out):
         say(f"  {path}")

@@ -3,6 +3,7 @@
 - scaled_dot_product_attention, without a mask wherever order alone decides (a mask keeps the flash kernels out), and
   with the queries taken in pieces where a mask is needed and would be large. Written-out products were measured
   against it on a CPU, forward and backward at 256 to 1024 tokens, and were no faster.
+- on a CPU, queries that follow a past take it apart from themselves (past.py): a mask would be as large as the scores.
 - learned sinks become one more key (sinks.py), which costs a copy of keys and values and keeps the fused kernels.
 - a soft cap on the scores is written out, a block of queries at a time: the fused kernels have none. So are sinks for
   a single query, where copying the keys would cost more than reading them.
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from halobench.kernels.attention.mask import allowed_keys
+from halobench.kernels.attention.past import attend_past_and_self
 from halobench.kernels.attention.sinks import with_sink_key
 
 EXPLICIT_BLOCK = 128  # queries in a block of the explicit form: small enough to skip most of the upper triangle
@@ -58,7 +60,10 @@ def attend(
             return attend_where(q, k, v, None, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H).transpose(1, 2)
         if tokens == keys and soft_cap is None:
             return _causal(q, k, v, scale, sinks_H).transpose(1, 2)
-        if soft_cap is None and sinks_H is None and q.is_cuda and not q.requires_grad:
+        plain = soft_cap is None and sinks_H is None and not _traced(q, k, v)
+        if plain and q.device.type == "cpu" and k.shape[-1] == v.shape[-1] and q.dtype == k.dtype == v.dtype:
+            return attend_past_and_self(q, k, v, scale).transpose(1, 2)
+        if plain and q.is_cuda:
             bias = causal_lower_right(tokens, keys)  # flash knows this order by itself
             grouped = q.shape[1] != k.shape[1]
             o = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
@@ -96,6 +101,11 @@ def attend_where(
         q_BHTK, k_BJSK, v_BJSV, attn_mask=allowed, scale=scale, enable_gqa=heads != kv_heads
     )
     return o_BHTV[..., :value]
+
+
+def _traced(*tensors: Tensor) -> bool:
+    """Whether a gradient of these is wanted."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _causal(q_BHTK: Tensor, k_BJTK: Tensor, v_BJTV: Tensor, scale: float, sinks_H: Tensor | None) -> Tensor:
