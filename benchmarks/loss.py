@@ -1,145 +1,209 @@
-"""Measures the KL loss from hidden states on this machine: python benchmarks/loss.py
+"""Measures the KL loss from hidden states, loss and gradients: python benchmarks/loss.py [-o RECORD.json]
 
-Writes benchmarks/loss.json: peak memory at 16K tokens and a vocabulary of 151,936, and time against the loss by its
-definition where that fits. `python benchmarks/loss.py FORM TOKENS VOCABULARY WIDTH` takes one measurement of memory and
-prints it as JSON.
+Forms take turns in one process, each round in the other order; a time is the median over the rounds. `speed` is the
+definition's time over a form's: above 1 the form is faster than the definition. On a
+GPU the peers that are installed take part (Liger's LigerFusedLinearJSD at beta 0, fla's FusedKLDivLoss), and the floor
+is the larger of operations and bytes at the speeds given (an H200's by default).
 
-Memory is the peak of a fresh process above what it held with Python, torch and the two unembeddings (the weights) in
-place. So it counts the hidden states of both models, the gradients of the student's hidden states and of its
-unembedding in fp32, every logit and every temporary. The kernel's high-water mark of the process (VmHWM) is what
-getrusage gives as ru_maxrss, without the parent's share that ru_maxrss inherits.
+Memory is the peak above what is held with the two unembeddings (the weights) in place: hidden states of both models,
+the gradients, every logit, every temporary; in a fresh process, on a CPU by the kernel's high-water mark, on a GPU by
+torch's.
+
+A form that runs out of memory has no times: that is its result. A table goes to stderr, one line of JSON to stdout.
+`--memory-of FORM` takes one measurement of memory alone and prints that as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
-import statistics
+import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halobench.files import write_json
-from halobench.kernels.chunked_loss import chunked_loss, forward_kl, naive, tokens_per_chunk
-from halobench.kernels.chunked_loss.chunked import LIVE_BYTES
+from halobench.benchmarking import in_turns, leave, plain, ratio
+from halobench.kernels.chunked_loss import Head, SoftTargets, distillation
+from halobench.kernels.chunked_loss.hidden import LIVE_BYTES
 from halobench.kernels.chunked_loss.rows import BLOCK_BYTES
-from halobench.provenance import command_line, environment, now
+from halobench.models import default_device
+from halobench.progress import say
+from halobench.tasks.memory import peak, reset_peak
 
-RECORD = Path(__file__).resolve().with_suffix(".json")
-TARGET = 1_500_000_000
-FULL = (16_384, 151_936)  # tokens, vocabulary: the case the target is about
-FITTING = (1024, 151_936, 64)  # where the definition fits as well, for times
-
-
-def bound(tokens: int, vocabulary: int, width: int) -> int:
-    """Bytes above the weights that the loss may take: logits, unembedding gradients, hidden states, temporaries."""
-    logits = min(LIVE_BYTES, 4 * 5 * tokens * vocabulary)
-    return logits + 3 * 4 * vocabulary * width + 4 * 4 * tokens * width + 8 * BLOCK_BYTES
+OURS = ("naive", "torch", "triton")
+PEERS = {"liger": "liger_kernel", "fla": "fla"}  # form: the package it is in
 
 
-def loss_of(form: str, tokens: int, head: torch.nn.Parameter, teacher_head: torch.Tensor) -> Callable[[], float]:
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
+    parser.add_argument("--tokens", type=int, help="16384 on a GPU, 1024 elsewhere")
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--width", type=int, help="2048 on a GPU, 64 elsewhere")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, float32 elsewhere")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-k", type=int, help="of the teacher; leaves the peers out")
+    parser.add_argument("--forms", help="comma-separated; by default all that can run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory-tokens", type=int, nargs="*", default=[], help="more lengths for ours, memory alone")
+    parser.add_argument("--tflops", type=float, default=790, help="of the GPU, for the floor")
+    parser.add_argument("--terabytes", type=float, default=4.3, help="a second, of the GPU, for the floor")
+    parser.add_argument("--memory-of", metavar="FORM")
+    parser.add_argument("-o", "--output", type=Path)
+    given = parser.parse_args(words)
+    given.cuda = torch.device(given.device).type == "cuda"
+    given.tokens = given.tokens or (16_384 if given.cuda else 1024)
+    given.width = given.width or (2048 if given.cuda else 64)
+    given.dtype = getattr(torch, given.dtype or ("bfloat16" if given.cuda else "float32"))
+    return given
+
+
+def forms_of(given: argparse.Namespace) -> list[str]:
+    """The forms to measure: those named, or the definition, ours and the peers that can run here."""
+    if given.forms:
+        return given.forms.split(",")
+    if not given.cuda:
+        return ["naive", "torch"]
+    peers = [form for form, package in PEERS.items() if importlib.util.find_spec(package) is not None]
+    return [*OURS, *(peers if given.top_k is None else [])]
+
+
+def weights(given: argparse.Namespace) -> tuple[torch.nn.Parameter, torch.Tensor]:
+    """The student's unembedding, which trains, and the teacher's."""
+    torch.manual_seed(1)
+    options = {"device": given.device, "dtype": given.dtype}
+    student, teacher = (torch.randn(given.vocabulary, given.width, **options).mul_(0.1) for _ in range(2))
+    return torch.nn.Parameter(student), teacher
+
+
+def mean_kl(form: str, given: argparse.Namespace) -> Callable[..., torch.Tensor]:
+    """(hidden, head, target, teacher's head) -> mean over tokens of the KL, by a form."""
+    if form == "liger":
+        from liger_kernel.transformers import LigerFusedLinearJSD
+
+        # Liger leaves the factor T^2 to the caller.
+        loss = LigerFusedLinearJSD(jsd_beta=0.0, temperature=given.temperature)
+        return lambda h, w, t, tw: given.temperature**2 * loss(h, w, t, tw)
+    if form == "fla":
+        from fla.modules.fused_kl_div import FusedKLDivLoss
+
+        loss = FusedKLDivLoss()  # knows no temperature
+        return lambda h, w, t, tw: loss(h, t, w, tw)
+    asked = SoftTargets(temperature=given.temperature, top_k=given.top_k)
+
+    def ours(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, tw: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones(len(h), device=h.device)
+        total = distillation(Head(weight_VD=w), Head(weight_VD=tw), h, t, ones, asked=asked, backend=form)
+        return total / len(h)
+
+    return ours
+
+
+def call(form: str, given: argparse.Namespace, heads: tuple[torch.nn.Parameter, torch.Tensor]) -> Callable[[], float]:
     """A call that takes the loss of new hidden states, and its gradients."""
-    width = head.shape[1]
+    loss_of = mean_kl(form, given)
 
     def run() -> float:
+        options = {"device": given.device, "dtype": given.dtype}
         torch.manual_seed(0)
-        hidden, target = torch.randn(tokens, width).requires_grad_(), torch.randn(tokens, width)
-        ones = torch.ones(tokens)
-
-        def piece(part_hidden: torch.Tensor, part: slice) -> torch.Tensor:
-            return forward_kl(part_hidden @ head.T, target[part] @ teacher_head.T, ones[part])
-
-        if form == "chunked":
-            loss = chunked_loss(piece, hidden, [head])
-        else:
-            loss = naive.forward_kl(hidden @ head.T, target @ teacher_head.T, ones)
+        hidden, target = (torch.randn(given.tokens, given.width, **options) for _ in range(2))
+        loss = loss_of(hidden.requires_grad_(), heads[0], target, heads[1])
         loss.backward()
-        head.grad = None
-        return loss.item()
+        heads[0].grad = None
+        return float(loss.detach())
 
     return run
 
 
-def weights(vocabulary: int, width: int) -> tuple[torch.nn.Parameter, torch.Tensor]:
-    """The student's unembedding, which trains, and the teacher's."""
-    torch.manual_seed(1)
-    return torch.nn.Parameter(torch.randn(vocabulary, width).mul_(0.1)), torch.randn(vocabulary, width).mul_(0.1)
+def memory(form: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Peak bytes above the weights, on a CPU to be called in a fresh process.
 
-
-def memory(form: str, tokens: int, vocabulary: int, width: int) -> dict[str, Any]:
-    """Peak bytes above the weights, in this process: to be called in a fresh one.
-
-    whole_logits_bytes: of the student's logits, the teacher's and a gradient in fp32, which no form without chunks can
-    do without.
+    bound_bytes: what ours may take. whole_logits_bytes: of the student's logits, the teacher's and a gradient, which no
+    form without chunks can do without.
     """
-    loss_of(form, 8, *weights(64, 8))()  # what libraries allocate once is not the loss's
-    head, teacher_head = weights(vocabulary, width)
-    before = _status("VmRSS")
-    start = time.perf_counter()
-    loss = loss_of(form, tokens, head, teacher_head)()
+    small = argparse.Namespace(**{**vars(given), "tokens": 8, "vocabulary": 64, "width": 8})
+    call(form, small, weights(small))()  # what libraries allocate once is not the loss's
+    heads, device = weights(given), torch.device(given.device)
+    before = reset_peak(device)
+    loss = call(form, given, heads)()
+    most = peak(device)
+    size, matrix = given.dtype.itemsize, given.vocabulary * given.width
+    place = "cuda" if given.cuda else "cpu"
+    logits = min(LIVE_BYTES[place], 2 * size * given.tokens * given.vocabulary)
+    gradients = (4 + size) * matrix + 4 * size * given.tokens * given.width
     return {
-        "form": form, "tokens": tokens, "vocabulary": vocabulary, "width": width, "chunk": tokens_per_chunk(vocabulary),
-        "peak_bytes": _status("VmHWM") - before, "bound_bytes": bound(tokens, vocabulary, width),
-        "whole_logits_bytes": 3 * 4 * tokens * vocabulary, "seconds": time.perf_counter() - start,
-        "nats_per_token": loss / tokens,
+        "form": form, "tokens": given.tokens, "vocabulary": given.vocabulary, "width": given.width,
+        "peak_bytes": most - before, "bound_bytes": logits + gradients + 8 * BLOCK_BYTES[place],
+        "whole_logits_bytes": 3 * size * given.tokens * given.vocabulary, "nats_per_token": loss,
     }  # fmt: skip
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def fresh(form: str, tokens: int, vocabulary: int, width: int) -> dict[str, Any]:
+def fresh(form: str, given: argparse.Namespace, tokens: int) -> dict[str, Any]:
     """`memory` in a process of its own."""
-    command = [sys.executable, __file__, form, *map(str, (tokens, vocabulary, width))]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def times(repeats: int = 5) -> dict[str, Any]:
-    """Median seconds of both forms, forward and backward, in turns in this process."""
-    tokens, vocabulary, width = FITTING
-    heads = weights(vocabulary, width)
-    forms = {form: loss_of(form, tokens, *heads) for form in ("chunked", "naive")}
-    found: dict[str, list[float]] = {form: [] for form in forms}
-    values = {form: run() for form, run in forms.items()}
-    for _ in range(repeats):
-        for form, run in forms.items():
-            start = time.perf_counter()
-            run()
-            found[form].append(time.perf_counter() - start)
-    rows = {
-        form: {"median": statistics.median(x), "min": min(x), "max": max(x), "n": len(x)} for form, x in found.items()
-    }
-    return {
-        "tokens": tokens, "vocabulary": vocabulary, "width": width, "threads": torch.get_num_threads(), **rows,
-        "naive over chunked": rows["naive"]["median"] / rows["chunked"]["median"],
-        "relative difference of the losses": abs(values["naive"] - values["chunked"]) / values["naive"],
+    options = {
+        "--memory-of": form, "--device": given.device, "--tokens": tokens, "--vocabulary": given.vocabulary,
+        "--width": given.width, "--dtype": str(given.dtype).removeprefix("torch."), "--temperature": given.temperature,
     }  # fmt: skip
+    options |= {} if given.top_k is None else {"--top-k": given.top_k}
+    command = [sys.executable, __file__, *(str(word) for pair in options.items() for word in pair)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return {"form": form, "tokens": tokens, "error": (done.stderr.strip().splitlines() or ["it was killed"])[-1]}
+    return json.loads(done.stdout)
 
 
-def main() -> None:
-    """Measures everything and writes the record."""
-    rows = []
-    for case in (("chunked", *FULL, 64), ("chunked", *FULL, 128), ("chunked", *FITTING), ("naive", *FITTING)):
-        rows.append(fresh(*case))
-        print(case, f"{rows[-1]['peak_bytes'] / 1e9:.3f} GB, {rows[-1]['seconds']:.1f} s")
-    timed = times()
-    print(f"naive over chunked: {timed['naive over chunked']:.2f}")
-    facts = {"what": __doc__, "command": command_line(), "created": now(), "environment": environment()}
-    write_json(RECORD, {**facts, "target_bytes": TARGET, "dtype": "float32", "memory": rows, "time": timed})
+def times(given: argparse.Namespace, forms: list[str]) -> dict[str, dict[str, Any]]:
+    """Seconds of each form, in turns in this process; the definition's over each."""
+    heads = weights(given)
+    calls = {form: call(form, given, heads) for form in forms}
+    found = in_turns(calls, torch.device(given.device), seconds=math.inf, rounds=given.rounds)
+    speeds = {form: ratio(found.get("naive"), timed) for form, timed in found.items()}
+    return {form: row | {"speed": speeds[form]} for form, row in plain(found).items()}
+
+
+def floor(given: argparse.Namespace) -> dict[str, float]:
+    """Milliseconds below which no form that makes each logit once can be.
+
+    products: of student, teacher, and the gradients in hidden states and unembedding. rows: bytes of writing both
+    logits, of reading them for the gradient, of writing that and reading it for two products.
+    """
+    logits = given.tokens * given.vocabulary
+    products = 4 * 2 * logits * given.width / given.tflops / 1e9
+    rows = 7 * given.dtype.itemsize * logits / given.terabytes / 1e9
+    return {"products_ms": products, "rows_ms": rows, "floor_ms": max(products, rows)}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures, prints, and writes the record where one is asked for."""
+    given = arguments(words)
+    if given.memory_of:
+        print(json.dumps(memory(given.memory_of, given)))
+        return
+    forms = forms_of(given)
+    rows = [fresh(form, given, given.tokens) for form in forms]
+    rows += [fresh("triton" if given.cuda else "torch", given, tokens) for tokens in given.memory_tokens]
+    found = {
+        "device": given.device, "threads": torch.get_num_threads(),
+        "dtype": str(given.dtype).removeprefix("torch."), "tokens": given.tokens, "vocabulary": given.vocabulary,
+        "width": given.width, "temperature": given.temperature, "top_k": given.top_k, "rounds": given.rounds,
+        "time": times(given, forms), "memory": rows, "floor": floor(given) if given.cuda else None,
+    }  # fmt: skip
+    for row in rows:
+        time_of = found["time"].get(row["form"], {}) if row["tokens"] == given.tokens else {}
+        peak = f"{row['peak_bytes'] / 1e9:8.3f} GB" if "peak_bytes" in row else row["error"]
+        spent = f"{1000 * time_of['median']:10.1f} ms" if "median" in time_of else f"{'-':>13}"
+        speed = f"{time_of['speed']:6.2f}x the definition's speed" if time_of.get("speed") else ""
+        say(f"{row['form']:<8} {row['tokens']:>7} tokens {spent} {peak} {speed}")
+    if given.cuda:
+        say(f"floor {found['floor']['floor_ms']:.1f} ms")
+    leave(__doc__, found, given.output)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
-        print(json.dumps(memory(sys.argv[1], *map(int, sys.argv[2:]))))
-    elif len(sys.argv) == 1:
-        main()
-    else:
-        raise SystemExit("usage: python benchmarks/loss.py [FORM TOKENS VOCABULARY WIDTH]")
+    main()

@@ -14,7 +14,8 @@ from halobench.records import find_records
 from halobench.reports.readme import section_is_stale, update_section
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "benchmarks" / "demo"
+BENCHMARKS = ROOT / "benchmarks"
+RECORDS = BENCHMARKS / "demo"
 DOCS = ROOT / "docs"
 MEASURED = ROOT / "benchmarks" / "surgery"
 FAMILIES_RECORD = ROOT / "benchmarks" / "families.json"
@@ -143,6 +144,14 @@ by heads x size, forward, on two cores of a busy machine.
 Time of torch's softmax attention over Lightning Attention's on the same machine, 8 heads x 64, forward."""
 
 
+def speed() -> str:
+    """What the benchmark scripts measured, and what has not been."""
+    from halobench.reports.readme_speed import DEVICES, KINDS, speed
+
+    paths = {(kind, device): BENCHMARKS / f"{kind}-{device}.json" for kind in KINDS for device in DEVICES}
+    return speed({which: read_json(path) for which, path in paths.items() if path.exists()})
+
+
 def transfer() -> str:
     """The docstring of every mixer's module: formulas, what is copied, what is new, how it starts."""
     from halobench.mixers import MIXERS
@@ -173,7 +182,9 @@ def sections() -> list[tuple[Path, str, str]]:
         (readme, "tree", tree()),
         (readme, "leaderboard", leaderboard()),
         (readme, "oracle", oracle_short()),
+        (readme, "speed", speed()),
         (card, "metrics", teacher_metrics()),
+        (DOCS / "kernels.md", "speed", speed()),
         (DOCS / "families.md", "families", families()),
         (DOCS / "mixers.md", "mixers", mixers()),
         (DOCS / "mixers.md", "measured", measured()),

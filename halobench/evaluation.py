@@ -36,6 +36,7 @@ class EvalRequest:
     """What to measure: suites, context lengths, samples (`limits` by suite go before `limit`), local data and seed.
 
     precision: a task at a length ends early when the 95% interval of its headline metric is narrower to each side.
+    kernels: the form of the mixers' operators, one of `kernels.backend.BACKENDS`.
     """
 
     suites: tuple[str, ...]
@@ -45,6 +46,7 @@ class EvalRequest:
     data_dir: Path | None = None
     seed: int = 0
     precision: float | None = None
+    kernels: str = "auto"
 
     def check(self) -> None:
         """Raises UserError for what can be known to be wrong before any model is loaded; says what has no effect."""
@@ -81,9 +83,12 @@ class Evaluation:
     """One model, loaded, and where its record goes; what an interrupted or an earlier evaluation has done is found."""
 
     def __init__(self, name: str, out: Path, request: EvalRequest, device: str) -> None:
+        from halobench.mixers.forms import ask_for
+
         resolve(name)
         self.name, self.request, self.device = name, request, device
         self.model, self.tokenizer = load(name, device=device)
+        ask_for(self.model, request.kernels)
         self.card = card_of(name, self.model)
         self.path = out / f"{slug(self.card)}.eval.record.json"
         self.folder = self.path.with_name(f".{self.path.name}.samples")
@@ -105,6 +110,7 @@ class Evaluation:
             "device": self.device,
             "texts": {path.name: file_hash(path) for path in (TEXT_HELDOUT, TEXT_LONG, CONTINUATIONS)},
             "versions": versions(),
+            **({} if self.request.kernels == "auto" else {"kernels": self.request.kernels}),
         }
 
     def missing(self) -> list[str]:

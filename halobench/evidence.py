@@ -223,7 +223,6 @@ def _trained(conversion: Conversion, layer: int, folder: Path) -> tuple[Any, Any
 
     from halobench.surgery import SurgeryPlan, transplant
     from halobench.surgery.loop import Loop
-    from halobench.surgery.stages.distil import Distillation
 
     recipe, config = conversion.recipe, _training(conversion)
     plan = SurgeryPlan.for_model(
@@ -231,13 +230,8 @@ def _trained(conversion: Conversion, layer: int, folder: Path) -> tuple[Any, Any
     )
     student: Any = transplant(conversion.teacher, plan, conversion.mixers(torch.float32))
     student.to(conversion.device).float().train().requires_grad_(True)
-    objective = Distillation(
-        student,
-        conversion.teacher,
-        f"restore {layer}",
-        temperature=recipe.distil.temperature,
-        ce_share=recipe.distil.ce_share,
-    )
+    name = f"restore {layer}"
+    objective = recipe.distil.objective(student, conversion.teacher, name, kernels=conversion.kernels)
     before = conversion.align()
     loop = Loop(
         folder,

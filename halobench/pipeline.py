@@ -17,7 +17,7 @@ from halobench.progress import say
 from halobench.provenance import model_hash
 from halobench.recipe import STAGES, Recipe
 from halobench.records import LedgerRow, ModelCard, RunRecord
-from halobench.run import RunFolder, StageNote
+from halobench.run import RunFolder, StageNote, arrow, held_out
 from halobench.units import format_count
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Conversion:
         given: layers for the selector `given`.
         aligned: another run whose alignment (and sweep) is used instead of making one.
         credit: when the layers are given because selectors chose them elsewhere, those selectors' answers.
+        kernels: the form of the mixers' operators, one of `kernels.backend.BACKENDS`.
     """
 
     def __init__(
@@ -56,13 +57,15 @@ class Conversion:
         given: tuple[int, ...] | None = None,
         aligned: Path | None = None,
         credit: tuple[Ranking, ...] = (),
+        kernels: str = "auto",
     ) -> None:
         from halobench.surgery.documents import corpus_hashes
         from halobench.surgery.parallel import Team
 
         self.teacher_name, self.recipe, self.device, self.given = teacher, recipe, device, given
-        self.credit = credit
+        self.credit, self.kernels = credit, kernels
         self._shown: list[dict[str, Any]] = []  # the last table of what trains
+        self._used: dict[str, str] = {}  # the forms that the mixers of the last stage really ran in
         where = Path(resolve(teacher))
         self.teacher_hash = model_hash(where) if where.is_dir() else teacher
         self.team = Team.join(device)  # first, for it chooses this process's device
@@ -167,7 +170,7 @@ class Conversion:
         errors = {str(layer): round(error, 5) for layer, error in objective.layer_errors.items()}
         worst = max(errors, key=lambda k: errors[k])
         self._tell(
-            f"align: error {_arrow(result.first_loss, result.last_loss)}{_held_out(result)}; hardest layer {worst}, "
+            f"align: error {arrow(result.first_loss, result.last_loss)}{held_out(result)}; hardest layer {worst}, "
             f"{errors[worst]:.3f}"
         )
         return self._note("align", self.teacher_hash, model_hash(folder), result, {"relative_error": errors})
@@ -205,11 +208,14 @@ class Conversion:
 
     def mixers(self, dtype: torch.dtype | None = None) -> dict[int, Mixer]:
         """The aligned mixers, by default in the teacher's dtype."""
+        from halobench.mixers.forms import ask_for
         from halobench.surgery.checkpoint import load_mixers
 
         self.align()
         found = load_mixers(self.base.path / "align" / "mixers", self.teacher, dtype)
-        return {layer: mixer.to(self.device).eval() for layer, mixer in found.items()}
+        for mixer in found.values():
+            ask_for(mixer.to(self.device).eval(), self.kernels)
+        return found
 
     # Selection --------------------------------------------------------------------------------------------------------
 
@@ -269,7 +275,6 @@ class Conversion:
 
         from halobench.surgery import transplant
         from halobench.surgery.checkpoint import save_model
-        from halobench.surgery.stages.distil import Distillation
 
         done = self.run.note("distil")
         if done is not None:
@@ -280,15 +285,15 @@ class Conversion:
         student: Any = transplant(self.teacher, plan, self.mixers(torch.float32))
         student.to(self.device).float().train().requires_grad_(True)
         config = self.recipe.distil
-        objective = Distillation(student, self.teacher, temperature=config.temperature, ce_share=config.ce_share)
+        objective = config.objective(student, self.teacher, kernels=self.kernels)
         result = self._train("distil", objective, config, before)
         folder = self.run.path / "distil" / "model"
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
         self.team.wait()
         kind = "KL" if config.ce_share == 0 else "loss"
-        losses = _arrow(result.first_loss, result.last_loss)
-        self._tell(f"distil: {kind} {losses} nats a token{_held_out(result)}")
+        losses = arrow(result.first_loss, result.last_loss)
+        self._tell(f"distil: {kind} {losses} nats a token{held_out(result)}")
         return self._note("distil", before.hash, model_hash(folder), result, {"kept": list(plan.kept)})
 
     def finetune(self) -> StageNote:
@@ -310,14 +315,14 @@ class Conversion:
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
         self.team.wait()
-        self._tell(f"finetune: loss {_arrow(result.first_loss, result.last_loss)}{_held_out(result)}")
+        self._tell(f"finetune: loss {arrow(result.first_loss, result.last_loss)}{held_out(result)}")
         details = {"length": max(self.recipe.finetune.lengths)}
         return self._note("finetune", before.hash, model_hash(folder), result, details)
 
     def finish(self) -> ModelCard:
         """Finds the scale of the NoPE queries, and leaves the finished hybrid with its card in RUN/model."""
+        from halobench.mixers.forms import used
         from halobench.surgery.checkpoint import save_model
-        from halobench.surgery.hybrid import backends_of
         from halobench.surgery.stages.scale import scale_name, search_scale
 
         done = self.run.path / "model" / CARD
@@ -337,7 +342,7 @@ class Conversion:
         folder = self.run.path / "model"
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
-            self._record(card, losses, backends_of(student))
+            self._record(card, losses, used(student))
             write_json(folder / CARD, to_dict(card))
         self.team.wait()
         self._tell(f"done: {folder}")
@@ -361,9 +366,11 @@ class Conversion:
 
     def _train(self, stage: str, objective: Objective, config: LoopConfig, before: StageNote | None) -> StageResult:
         """Says what a stage trains, and trains it; it goes on in the data where the stage before ended."""
+        from halobench.mixers.forms import ask_for, used
         from halobench.surgery import gates
         from halobench.surgery.loop import Loop
 
+        ask_for(objective.module, self.kernels)
         rows = gates.inventory(gates.trained(objective.module))
         lengths = "/".join(map(str, config.lengths))
         count = sum(row["parameters"] for row in rows)
@@ -383,7 +390,9 @@ class Conversion:
             device=self.device,
             team=self.team,
         )
-        return loop.run()
+        result = loop.run()
+        self._used = used(objective.module)
+        return result
 
     def _tell(self, text: str) -> None:
         """One line of the story, from one of the processes that share the work."""
@@ -393,6 +402,7 @@ class Conversion:
     def _student(self, stage: str, note: StageNote) -> Any:
         import torch
 
+        from halobench.mixers.forms import ask_for
         from halobench.surgery.checkpoint import load_model
 
         folder = self.run.path / stage / "model"
@@ -400,11 +410,14 @@ class Conversion:
             raise HalobenchError(
                 f"{folder} is not what stage {stage} wrote (its hash changed); remove the folder {stage}"
             )
-        return load_model(str(folder), dtype=torch.float32, device=self.device)
+        student = load_model(str(folder), dtype=torch.float32, device=self.device)
+        ask_for(student, self.kernels)
+        return student
 
     def _note(self, stage: str, came_from: str, hash: str, result: StageResult, details: dict[str, Any]) -> StageNote:
         numbers = ("sequences", "position", "first_loss", "last_loss", "fell", "held_out_before", "held_out_after")
         more = {name: getattr(result, name) for name in numbers}
+        details = details | {"backends": self._used}
         return self._note_of(stage, came_from, hash, result.tokens, result.seconds, details, **more)
 
     def _note_of(
@@ -461,6 +474,7 @@ class Conversion:
         )
 
     def _record(self, card: ModelCard, scale_losses: dict[str, float], forms: dict[str, str]) -> None:
+        from halobench.finished import merged
         from halobench.surgery.documents import corpus_hashes
 
         notes = [note for stage in STAGES if (note := self.run.note(stage) or self.base.note(stage)) is not None]
@@ -470,21 +484,10 @@ class Conversion:
             settings={"recipe": to_dict(self.recipe), "data": corpus_hashes(self.recipe.data)},
             lineage={note.stage: note.hash for note in notes},
             ledger=card.ledger,
-            backends={"device": self.device, **forms},
+            backends={"device": self.device, **merged([*(note.details.get("backends", {}) for note in notes), forms])},
             details={
                 "stages": [to_dict(replace(n, details={})) for n in notes],
                 "scale": scale_losses,
                 "curves": {n.stage: found for n in notes if (found := self._home(n.stage).curve(n.stage))},
             },
         ).save(self.run.path / "convert.record.json")
-
-
-def _arrow(before: float, after: float) -> str:
-    return f"{before:.4f} -> {after:.4f}"
-
-
-def _held_out(result: StageResult) -> str:
-    """What the story says of the held-out loss."""
-    if result.held_out_before is None or result.held_out_after is None:
-        return ""
-    return f" (held out {_arrow(result.held_out_before, result.held_out_after)})"

@@ -13,6 +13,7 @@ from halobench.config import to_dict
 from halobench.errors import UserError
 from halobench.evaluation import slug
 from halobench.floors import Sizes, sizes_of, theory_of, with_theory
+from halobench.mixers.forms import ask_for
 from halobench.models import card_of, resolve
 from halobench.profile_rows import MeasuredRows
 from halobench.progress import say
@@ -197,6 +198,7 @@ def _opened(job: Job, device: torch.device) -> tuple[list[PreTrainedModel], list
         else:
             models.append(load_model(resolve(name), dtype=dtype, device=device).eval())
             cards.append(card_of(name, models[-1]))
+        ask_for(models[-1], job.request.kernels)
     return models, cards
 
 

@@ -33,6 +33,7 @@ class ProfileRequest:
     """What to measure. contexts: tokens; batches: sequences at a time; others as in `Rounds`.
 
     dtype: one of DTYPES; None is bf16 on a GPU and fp32 on a CPU.
+    kernels: the form of the mixers' operators, one of `kernels.backend.BACKENDS`.
     """
 
     contexts: tuple[int, ...]
@@ -42,6 +43,7 @@ class ProfileRequest:
     new_tokens: int = 16
     repeats: int = 3
     chunk: int = 4096
+    kernels: str = "auto"
 
     def check(self) -> None:
         """Raises UserError for what can be known to be wrong before any model is loaded."""

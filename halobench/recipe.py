@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from halobench.config import apply_overrides, from_dict, read_yaml
 from halobench.errors import UserError, unknown_name
+from halobench.kernels.chunked_loss import SoftTargets
 from halobench.surgery.loop import LoopConfig
 from halobench.surgery.plan import kept_layers
-from halobench.surgery.stages.distil import check_loss
 from halobench.units import format_count
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from halobench.surgery.plan import SurgeryPlan
+    from halobench.surgery.stages.distil import Distillation
 
 STAGES = ("align", "select", "distil", "finetune", "scale")
 ITEM_TOKENS = 160  # of a commonsense item, its continuations included, for what a selection will cost
@@ -37,14 +38,27 @@ class AlignConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DistilConfig(LoopConfig):
-    """Stage 2, whose loss is (1 - ce_share) T^2 KL at logits / T + ce_share CE; see Distillation."""
+    """Stage 2, whose loss is (1 - ce_share) T^2 KL at logits / T + ce_share CE; see Distillation.
+
+    top_k: how many of the teacher's likeliest tokens the KL tells apart; null is the whole vocabulary, as in the paper.
+    """
 
     temperature: float = 1.0
     ce_share: float = 0.0
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_loss(self.temperature, self.ce_share)
+        SoftTargets(temperature=self.temperature, top_k=self.top_k, ce_share=self.ce_share)
+
+    def objective(self, student: Any, teacher: Any, name: str = "distil", *, kernels: str = "auto") -> Distillation:
+        """What the stage minimises. The loss has no form of fla's: where that is asked for it picks its own."""
+        from halobench.surgery.stages.distil import Distillation
+
+        return Distillation(
+            student, teacher, name, temperature=self.temperature, ce_share=self.ce_share, top_k=self.top_k,
+            backend="auto" if kernels == "fla" else kernels,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

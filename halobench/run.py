@@ -15,13 +15,16 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from halobench.config import from_dict, to_dict
 from halobench.errors import UserError
 from halobench.files import read_json, write_json
 from halobench.provenance import environment, now
 from halobench.records import LedgerRow
+
+if TYPE_CHECKING:
+    from halobench.surgery.loop import StageResult
 
 CURVE = 60  # points of a training curve in a record
 
@@ -52,6 +55,18 @@ class StageNote:
     def ledger(self) -> LedgerRow:
         """Its line in the token ledger."""
         return LedgerRow(what=self.stage, tokens=self.tokens, seconds=round(self.seconds, 2))
+
+
+def arrow(before: float, after: float) -> str:
+    """What the story says of a loss."""
+    return f"{before:.4f} -> {after:.4f}"
+
+
+def held_out(result: StageResult) -> str:
+    """What the story says of the held-out loss; nothing where there is none."""
+    if result.held_out_before is None or result.held_out_after is None:
+        return ""
+    return f" (held out {arrow(result.held_out_before, result.held_out_after)})"
 
 
 class RunFolder:

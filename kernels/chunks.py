@@ -35,19 +35,31 @@ def without_autocast(like: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def superblocks(inputs: Sequence[Tensor], chunk: int) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+def superblocks(
+    inputs: Sequence[Tensor], chunk: int, chunks: int | None = None
+) -> Iterator[tuple[tuple[Tensor, ...], int]]:
     """(the inputs' share, chunk size) of each superblock; the ragged tail is a superblock of one short chunk.
 
     Inputs are (B, T, ...). They are split, not sliced: each slice would fill a gradient of the whole length with zeros.
+
+    Args:
+        chunks: in a superblock; by default at least CHUNKS_IN_SUPERBLOCK.
     """
     tokens = inputs[0].shape[1]
-    fitting = NUMBERS_IN_SUPERBLOCK * tokens // max(1, inputs[0].numel() * chunk)
-    whole, step = tokens - tokens % chunk, chunk * max(CHUNKS_IN_SUPERBLOCK, fitting)
+    if chunks is None:
+        chunks = max(CHUNKS_IN_SUPERBLOCK, NUMBERS_IN_SUPERBLOCK * tokens // max(1, inputs[0].numel() * chunk))
+    whole, step = tokens - tokens % chunk, chunk * chunks
     lengths = [min(step, whole - start) for start in range(0, whole, step)]
     if whole < tokens:
         lengths.append(tokens - whole)
     for parts in zip(*(x.split(lengths, dim=1) for x in inputs), strict=True):
         yield parts, min(chunk, parts[0].shape[1])
+
+
+def chunks_in_cache(x_BTHD: Tensor, chunk: int) -> int:
+    """Chunks whose tokens are as many bytes as NUMBERS_IN_SUPERBLOCK in fp32: a CPU's caches hold several such."""
+    batch, _, heads, size = x_BTHD.shape
+    return max(1, 4 * NUMBERS_IN_SUPERBLOCK // (batch * chunk * heads * size * x_BTHD.element_size()))
 
 
 def padded_superblocks(inputs: Sequence[Tensor], chunk: int) -> Iterator[tuple[tuple[Tensor, ...], int]]:
@@ -64,15 +76,15 @@ def padded_superblocks(inputs: Sequence[Tensor], chunk: int) -> Iterator[tuple[t
 def cut(x_BTHD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
     """(N, G, C, D) in `dtype`, the last chunk filled up with zeros."""
     # Contiguous once, here: batched products would otherwise copy it at every use. Chunks first, for the hand-over.
-    return _chunks(x_BTHD, chunk).to(dtype).contiguous().flatten(1, 2)
+    return in_chunks(x_BTHD, chunk).to(dtype).contiguous().flatten(1, 2)
 
 
 def cut_together(kinds_BTHD: Sequence[Tensor], chunk: int, dtype: torch.dtype) -> Tensor:
     """`cut` of R tensors, stacked so that a chunk's tokens of all kinds are the rows of one matrix: (N, G, R, C, D)."""
-    return torch.stack([_chunks(x, chunk).to(dtype) for x in kinds_BTHD], dim=3).flatten(1, 2)
+    return torch.stack([in_chunks(x, chunk).to(dtype) for x in kinds_BTHD], dim=3).flatten(1, 2)
 
 
-def _chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
+def in_chunks(x_BTHD: Tensor, chunk: int) -> Tensor:
     """(N, B, H, C, D), a view where no chunk has to be filled up with zeros."""
     missing = -x_BTHD.shape[1] % chunk
     if missing:

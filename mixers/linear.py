@@ -78,7 +78,7 @@ class LinearMixer(Mixer):
     """Base of the mixers with a matrix as state; a subclass builds its gates and gives the recurrence."""
 
     uses_rope = True
-    backends = ("naive", "torch", "fla")
+    backends: ClassVar[tuple[str, ...]] = ("naive", "torch", "fla")
     products: ClassVar[int] = 2  # passes over a state of key x value a token: one to write, one to read
     Options: ClassVar[type] = LinearOptions
 
@@ -144,13 +144,26 @@ class LinearMixer(Mixer):
             state_BHKV: the state before the first token; None is empty.
         """
 
+    def step(
+        self, hidden_BTD: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, state_BHKV: Tensor, backend: str
+    ) -> Tensor | None:
+        """One token on a pinned cache, all in one: (B, 1, D) to (B, 1, D), the state updated in place.
+
+        None where the mixer has no such form, or `step_obstacle` has a reason against it.
+        """
+        return None
+
+    def step_obstacle(self, like: Tensor, backend: str) -> str | None:
+        """Why `step` has no form for inputs like this one, or None."""
+        return "only Lightning Attention and RetNet have a fused step"
+
     def run(
         self, form: Callable[..., tuple[Tensor, Tensor]], *given: Tensor | None, scale: float, state: Tensor | None
     ) -> Recurred:
         """An operator of kernels/, queries first, in the form `backend` asks for; `used_backend` says which ran."""
-        like = given[0]
-        assert like is not None
-        self.used_backend = choose(form.__name__, self.backend, like)
+        like, value = given[0], given[2]
+        assert like is not None and value is not None
+        self.used_backend = choose(form.__name__, self.backend, like, max(like.shape[-1], value.shape[-1]))
         return Recurred(*form(*given, scale=scale, initial_state_BHKV=state, backend=self.used_backend))
 
     def inputs(
@@ -166,6 +179,11 @@ class LinearMixer(Mixer):
         real_BT = None if context.padding_mask_BT is None else context.padding_mask_BT.bool()
         memory = list(past) if past is not None else []
         state = memory.pop(0) if memory else None
+        steps = None if context.cache is None else context.cache.steps
+        if steps is not None and state is not None:
+            stepped_BTD = self.step(hidden_BTD, position_embeddings, state, steps.backend)
+            if stepped_BTD is not None:
+                return stepped_BTD
         (*sources, gates_BTD), remembered = self.inputs(hidden_BTD, real_BT, memory)
         heads = [heads_of(getattr(self, name), x, self.head_dim) for name, x in zip(PROJECTED, sources, strict=True)]
         if self.options.short_conv:
@@ -191,7 +209,7 @@ class LinearMixer(Mixer):
         if self.clip is not None:
             q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         if self.rotate is not None and position_embeddings is not None:
-            q, k = self.rotate(q, position_embeddings), self.rotate(k, position_embeddings)
+            q, k = self.rotate.both(q, k, position_embeddings)
         if self.num_kv_heads < self.num_heads:
             times = self.num_heads // self.num_kv_heads
             k, v = k.repeat_interleave(times, dim=2), v.repeat_interleave(times, dim=2)

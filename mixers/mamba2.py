@@ -13,6 +13,8 @@ no such path.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +37,7 @@ class Mamba2Mixer(LinearMixer):
     name = "mamba2"
     label = "Mamba2"
     paper = "https://arxiv.org/abs/2405.21060"
+    backends: ClassVar[tuple[str, ...]] = ("naive", "torch", "triton", "fla")
 
     def build_gates(self, view: AttentionView) -> None:
         zeros = torch.zeros(view.num_heads, dtype=view.q_weight.dtype, device=view.q_weight.device)

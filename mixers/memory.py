@@ -4,11 +4,15 @@ Keys and values live in buffers that double when full and are written in place, 
 a copy of the whole. A layer whose attention has a window keeps the tokens of the window: its buffer stops growing at
 twice their number, and when that is full the last of them move to its front. A recurrent layer keeps a few tensors of
 fixed size. Each layer counts the tokens it has seen, so a model with no softmax layer knows its place too.
+
+Pinned (see `HybridCache.pin`) a layer takes one token a call at the place that tensors on the device name: nothing
+moves and nothing grows, so that a captured step can be replayed. A window is a ring then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +20,29 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from halobench.errors import UserError
+from halobench.kernels.attention.decode import decode_form
 
 FIRST_ROOM = 64  # tokens a key/value buffer has room for at least
+
+
+@dataclass(kw_only=True, eq=False)
+class Place:
+    """Where a pinned layer writes its next token and how many it then attends to, on the device.
+
+    slot_1: int64, index into the buffer. lengths_B: int64, keys with the new one, of each row. window: as in
+    LayerMemory. backend: the form of `decode_attention` that reads the buffer. attended: calls that read it so far.
+    """
+
+    slot_1: Tensor
+    lengths_B: Tensor
+    window: int | None
+    backend: str
+    attended: int = 0
+
+
+def place_of(keys: Tensor) -> Place | None:
+    """The place of the pinned layer whose buffer this is; None for any other tensor."""
+    return getattr(keys, "place", None)
 
 
 class LayerMemory(CacheLayerMixin):
@@ -39,6 +64,8 @@ class LayerMemory(CacheLayerMixin):
         self.length = 0  # tokens seen
         self.held = 0  # of them, the last so many are in the buffer
         self.states: tuple[Tensor, ...] | None = None
+        self.place: Place | None = None
+        self.fixed_states = False  # states are written into the tensors that hold them
 
     @property
     def is_sliding(self) -> bool:
@@ -63,6 +90,10 @@ class LayerMemory(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends keys and values (B, J, T, K); returns them after the past that they see, as views where possible."""
+        if self.place is not None:
+            self.keys.index_copy_(2, self.place.slot_1, key_states)
+            self.values.index_copy_(2, self.place.slot_1, value_states)
+            return self.keys, self.values
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
@@ -103,8 +134,60 @@ class LayerMemory(CacheLayerMixin):
 
     def set_states(self, states: tuple[Tensor, ...], tokens: int) -> None:
         """Replaces the states, which now stand `tokens` further."""
-        self.states = states
-        self.length += tokens
+        if self.fixed_states and self.states is not None:
+            for held, new in zip(self.states, states, strict=True):
+                if held is not new:
+                    held.copy_(new)
+        else:
+            self.states = states
+        if self.place is None:
+            self.length += tokens
+
+    def pin(self, place: Place, room: int, *, fixed_states: bool) -> None:
+        """Puts keys and values where `place` expects them, with room for `room` tokens or for the window.
+
+        Args:
+            fixed_states: write new states into the tensors of the old ones, as a captured step must.
+        """
+        if self.states is not None:  # a copy of its own: steps may write into it
+            with torch.inference_mode(False):
+                self.states = tuple(state.clone(memory_format=torch.contiguous_format) for state in self.states)
+        if self.is_initialized:
+            if self.window is not None:
+                self.keys, self.values = (self._ring(x) for x in (self.keys, self.values))
+            elif self.keys.shape[2] < room:
+                self.keys, self.values = (_grown(x, self.held, room) for x in (self.keys, self.values))
+            if self.keys.device.type == "cuda" and decode_form(place.backend, self.keys)[0] == "torch":
+                for buffer in (self.keys, self.values):  # it is multiplied by zeros there, so it must be finite
+                    buffer[:, :, min(self.held, buffer.shape[2]) :].zero_()
+            self.keys.place = place  # type: ignore[attr-defined]
+        self.place, self.fixed_states = place, fixed_states
+
+    def _ring(self, buffer: Tensor) -> Tensor:
+        """The last tokens of a window, each at its position modulo the window."""
+        assert self.window is not None
+        kept = min(self.held, self.window)
+        places = torch.arange(self.length - kept, self.length, device=buffer.device) % self.window
+        return _buffer(buffer, self.window).index_copy_(2, places, buffer[:, :, self.held - kept : self.held])
+
+    def advance(self) -> None:
+        """Counts a token that a pinned layer has taken."""
+        self.length += 1
+        if self.is_initialized:
+            self.held = self.length if self.window is None else min(self.length, self.window)
+
+    def unpin(self) -> None:
+        """Back to a buffer in the order of time that may grow."""
+        if self.place is None:
+            return
+        if self.is_initialized and self.window is not None:
+            order = torch.arange(self.length - self.held, self.length, device=self.keys.device) % self.window
+            self.keys, self.values = (_buffer(x, 2 * self.window).index_copy_(
+                2, torch.arange(self.held, device=x.device), x.index_select(2, order)
+            ) for x in (self.keys, self.values))  # fmt: skip
+        elif self.is_initialized:
+            del self.keys.place  # type: ignore[attr-defined]
+        self.place, self.fixed_states = None, False
 
     def tensors(self) -> list[Tensor]:
         """All tensors held, batch first."""
@@ -166,8 +249,8 @@ class LayerMemory(CacheLayerMixin):
         self.held = min(self.held, self.length)
 
     def reset(self) -> None:
-        self.keys = self.values = self.states = None  # type: ignore[assignment]
-        self.is_initialized = False
+        self.keys = self.values = self.states = self.place = None  # type: ignore[assignment]
+        self.is_initialized = self.fixed_states = False
         self.length = self.held = 0
 
     def offload(self) -> None:

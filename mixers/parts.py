@@ -173,7 +173,7 @@ class Rotation:
         self.interleaved, self.table_interleaved = view.rope_interleaved, view.rope_table_interleaved
 
     def __call__(self, x_BTHK: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = (self._per_pair(table)[:, :, None].to(x_BTHK.dtype) for table in position_embeddings)
+        cos, sin = (self.per_pair(table)[:, :, None].to(x_BTHK.dtype) for table in position_embeddings)
         rotated, rest = x_BTHK[..., : self.size], x_BTHK[..., self.size :]
         if self.interleaved:
             first, second = rotated[..., ::2], rotated[..., 1::2]
@@ -183,7 +183,15 @@ class Rotation:
             turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
-    def _per_pair(self, table_BTN: Tensor) -> Tensor:
+    def both(self, q_BTHK: Tensor, k_BTJK: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys, those of a single token as one tensor: there an operation costs more than its work."""
+        if q_BTHK.shape[1] > 1:
+            return self(q_BTHK, position_embeddings), self(k_BTJK, position_embeddings)
+        heads = [q_BTHK.shape[2], k_BTJK.shape[2]]
+        q, k = self(torch.cat((q_BTHK, k_BTJK), dim=2), position_embeddings).split(heads, dim=2)
+        return q, k
+
+    def per_pair(self, table_BTN: Tensor) -> Tensor:
         if table_BTN.shape[-1] == self.size // 2:
             return table_BTN
         return table_BTN[..., ::2] if self.table_interleaved else table_BTN[..., : self.size // 2]

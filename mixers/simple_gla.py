@@ -11,6 +11,7 @@ so that before any training the mixer is Lightning Attention up to the small ran
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +48,7 @@ class SimpleGLAMixer(LinearMixer):
     name = "simple_gla"
     label = "Simple GLA"
     paper = "https://arxiv.org/abs/2312.06635"
+    backends: ClassVar[tuple[str, ...]] = ("naive", "torch", "triton", "fla")
 
     def build_gates(self, view: AttentionView) -> None:
         self.g_proj = new_linear(view, view.hidden_size, view.num_heads, gate_bias(head_slopes(view), NORMALISER))

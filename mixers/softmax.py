@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from halobench.errors import UserError
+from halobench.kernels.attention.decode import decode_attention, decode_form
 from halobench.kernels.attention.softmax import attend
 from halobench.kernels.window_attention.chunked import window_attention
 from halobench.kernels.window_attention.memory import memory_bytes
 from halobench.mixers.contract import Mixer, MixerContext
+from halobench.mixers.memory import Place, place_of
 from halobench.mixers.parts import GateInit, Rotation, copy_projections, gate_projection, head_norm, heads_of
 from halobench.mixers.view import AttentionView
 
@@ -110,7 +112,7 @@ class AttentionMixer(Mixer):
         if self.clip is not None:
             q, k, v = (x.clamp(-self.clip, self.clip) for x in (q, k, v))
         if self.rotate is not None and position_embeddings is not None:
-            q, k = self.rotate(q, position_embeddings), self.rotate(k, position_embeddings)
+            q, k = self.rotate.both(q, k, position_embeddings)
         return q, k, v
 
     def query_scale(self, positions_BT: Tensor) -> Tensor | None:
@@ -121,11 +123,24 @@ class AttentionMixer(Mixer):
         """Over everything so far; keys and values go to the cache."""
         if context.cache is not None:
             keys, values = context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_index)
+            place = place_of(keys)
+            if place is not None:
+                return self._attend_placed(q, keys, values, place)
             k, v = keys.transpose(1, 2), values.transpose(1, 2)
         padding = context.key_padding_mask_BS
         return attend(
             q, k, v, scale=self.scaling, key_padding_mask_BS=padding, soft_cap=self.soft_cap, sinks_H=self.sinks
         )
+
+    def _attend_placed(self, q: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
+        """One token over the buffers of a pinned cache."""
+        self.used_backend, _ = decode_form(place.backend, q, self.head_dim)
+        place.attended += 1
+        o_BHV = decode_attention(
+            q[:, 0], keys, values, place.lengths_B, scale=self.scaling, soft_cap=self.soft_cap, sinks_H=self.sinks,
+            backend=self.used_backend,
+        )  # fmt: skip
+        return o_BHV[:, None]
 
     def _attend_window(self, q: Tensor, k: Tensor, v: Tensor, context: MixerContext) -> Tensor:
         """Over the window; the cache holds no more than that."""

@@ -57,7 +57,7 @@ def read_batch(facts: BatchFacts, *, kept: bool, mixed: bool) -> dict[str, Any]:
     # A ready-made 4-d mask is passed on as it is; with no source attention to read it, an empty one saves the full one.
     unread = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=facts.device)
     attention_mask = facts.attention_mask if kept else unread
-    positions = _carrying(positions, context)
+    positions = carrying(positions, context)
     return {"attention_mask": attention_mask, "position_ids": positions, "mixer_context": context}
 
 
@@ -77,7 +77,7 @@ def _check_order(positions: Tensor, real_BT: Tensor | None) -> None:
 # they came: the context travels on that tensor too. Gradient checkpointing keeps it, for it keeps the tensor.
 
 
-def _carrying(positions: Tensor, context: MixerContext) -> Tensor:
+def carrying(positions: Tensor, context: MixerContext) -> Tensor:
     carrier = positions.view(positions.shape)  # not the caller's own object
     carrier.mixer_context = context  # type: ignore[attr-defined]
     return carrier

@@ -54,9 +54,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def check_identity(teacher: Any, tokens_BT: Tensor) -> None:
-    """Raises HalobenchError unless the student that replaces nothing gives the teacher's logits, bit for bit."""
-    from halobench.surgery import SurgeryPlan, transplant
+    """Raises HalobenchError unless the student that replaces nothing gives the teacher's logits, bit for bit.
 
+    Raises UserError when the logits that losses would make of the teacher's hidden states are not its own.
+    """
+    from halobench.surgery import SurgeryPlan, transplant
+    from halobench.surgery.heads import check_head
+
+    check_head(teacher)
     student: Any = transplant(teacher, SurgeryPlan.for_model(teacher, keep="all"))
     with torch.no_grad():
         wanted, got = (model.to(tokens_BT.device).eval()(input_ids=tokens_BT).logits for model in (teacher, student))

@@ -7,18 +7,22 @@ another module. What a mixer needs to know of the batch travels through the deco
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from halobench.errors import UserError
 from halobench.mixers import MIXERS
 from halobench.mixers.cache import FIRST_ROOM, HybridCache
 from halobench.mixers.contract import Mixer, MixerContext, build_mixer
+from halobench.mixers.forms import used
+from halobench.progress import say
 from halobench.surgery import heads
 from halobench.surgery.anatomy import decoder_layers, honour_caps, read_attention, source_windows
 from halobench.surgery.batch import BatchFacts, carried, read_batch
@@ -38,6 +42,8 @@ DELEGATED = (
     "tie_word_embeddings",
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+STEPPED = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # what the decode engine can be of use to
+_ENGINES: ContextVar[list[Any] | None] = ContextVar("engines of the generate() that runs", default=None)
 
 
 class HybridConfig(PretrainedConfig):
@@ -188,6 +194,14 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: a cache from `new_cache()`, continued and updated.
             use_cache: make a cache and return it; by default only when one is given, for it costs memory.
         """
+        engine = getattr(past_key_values, "engine", None)
+        if engine is not None and engine.model is self:
+            more = labels is not None or inputs_embeds is not None or isinstance(logits_to_keep, Tensor)
+            more = more or any(x is not None and x is not (name == "return_dict") for name, x in kwargs.items())
+            if not more and engine.continues(input_ids, attention_mask, position_ids):
+                logits_BV = self._stepped(engine, input_ids)
+                if logits_BV is not None:
+                    return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=past_key_values)
         if kwargs.get("pixel_values") is not None and self.mixer_modules():
             raise UserError("pixel_values were given; a hybrid reads text alone, for its mixers know no images")
         batch = self._read(input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
@@ -223,6 +237,8 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError("give input_ids or inputs_embeds")
         if cache is None and use_cache:
             cache = self.new_cache()
+        if isinstance(cache, HybridCache):
+            cache.unpin()
         facts = BatchFacts(
             batch=inputs.shape[0], tokens=inputs.shape[1], device=inputs.device,
             attention_mask=attention_mask, position_ids=position_ids, cache=cache,
@@ -265,6 +281,29 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
         windows = [None if i in mixed else window for i, window in enumerate(source_windows(self.backbone))]
         return HybridCache(len(windows), room, windows=windows)
 
+    def _stepped(self, engine: Any, ids_B1: Tensor | None) -> Tensor | None:
+        """The engine's logits (B, vocabulary) behind a token; None, said aloud, where it gives the model up."""
+        from halobench.surgery.engine import NotTakenOverError
+
+        try:
+            return engine.step(ids_B1, heard=True).clone()
+        except NotTakenOverError as error:
+            engine.cache.engine = None
+            say(f"generate() goes on without the decode engine: {error}")
+            return None
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any causal model of transformers; single tokens are the decode engine's, where it can run."""
+        engines: list[Any] = []
+        outer = _ENGINES.set(engines)
+        try:
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            _ENGINES.reset(outer)
+            for engine in engines:  # the cache may live on, and be continued with other weights
+                engine.cache.engine = None
+                engine.release()
+
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch: int, max_cache_length: int
     ) -> None:
@@ -275,7 +314,20 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
                     f"cache_implementation {generation_config.cache_implementation!r} cannot hold recurrent states; "
                     "leave it unset"
                 )
-            model_kwargs["past_key_values"] = self.new_cache(room=max_cache_length)
+            model_kwargs["past_key_values"] = self._cache_to_decode_with(generation_config, mode, max_cache_length)
+
+    def _cache_to_decode_with(self, generation_config: Any, mode: Any, room: int) -> HybridCache:
+        """An empty cache; while generate() runs the decode engine takes its single tokens, if it has what is asked."""
+        from halobench.surgery.engine import DecodeEngine, refusal
+
+        wants_more = generation_config.output_attentions or generation_config.output_hidden_states
+        engines = _ENGINES.get()
+        if engines is None or mode not in STEPPED or wants_more or refusal(self) is not None:
+            return self.new_cache(room=room)
+        engine = DecodeEngine(self, room=room)
+        engines.append(engine)
+        engine.cache.engine = engine
+        return engine.cache
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """As the source does it: some families (Phi-3 with LongRoPE) begin a cache anew past a length."""
@@ -313,8 +365,7 @@ class HybridForCausalLM(PreTrainedModel, GenerationMixin):
 
 def backends_of(model: Any) -> dict[str, str]:
     """The form each kind of mixer ran in at its last call, such as "torch", "fla" or "sdpa"; no entry before it."""
-    mixers = model.mixer_modules().values() if isinstance(model, HybridForCausalLM) else ()
-    return {mixer.name: mixer.used_backend for mixer in mixers if mixer.used_backend is not None}
+    return used(model) if isinstance(model, HybridForCausalLM) else {}
 
 
 AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)

@@ -291,6 +291,7 @@ class Loop:
                 loss, weight = self.model(*batch)
                 self.accelerator.backward(loss)
             sums += torch.stack([loss.detach().double(), weight.detach().double()])
+            del loss  # and what it holds, before the next forward
         return sums
 
     def _totals(self, sums: Tensor) -> _Totals:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from halobench.surgery.engine import DecodeEngine, NotTakenOverError, refusal
 from halobench.tasks.scoring import (
     LOGIT_ELEMENTS,
     TokenCount,
     check_context,
     check_finite,
+    chunk_sizes,
     copy_cache,
     evaluating,
     keep_logits,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Finished = Callable[[int, list[int]], bool]
+Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ def generate(
     batch_tokens: int = 16384,
     chunk: int = 4096,
     device: str | torch.device | None = None,
+    kernels: str | None = None,
+    ran: dict[str, str] | None = None,
 ) -> list[Generation]:
     """Greedy answers of at most `most` tokens, in the order of the prompts.
 
@@ -77,6 +82,8 @@ def generate(
             reading of the prompt, but a copy of the model's state behind it.
         chunk: tokens of a prompt read in one forward.
         device: where inputs go; the model's own by default.
+        kernels: of the decode engine, see `DecodeEngine`. A model that it cannot run answers by plain forwards.
+        ran: filled with what really ran: the engine's backends, or under "engine" why it did not.
 
     Raises:
         UserError: a prompt and its answer are longer than the model's table of positions.
@@ -91,7 +98,13 @@ def generate(
         for group in _batches(model, prompts, references, batch_tokens):
             ids = torch.as_tensor(np.asarray([prompts[i] for i in group]), device=torch.device(device or model.device))
             given = [references[i] for i in group] if references is not None else None
-            answers = _answer(model, ids, most, chunk, frozenset(stop), _ended(finished, group), given)
+            room = max([most, *map(len, given or ())])
+            reader = _Reader(model, ids.shape[1] + room, kernels)
+            with TokenCount(model) as count:
+                reader.read(ids, chunk)
+            answers = _answer(model, reader, count.tokens, most, frozenset(stop), _ended(finished, group), given)
+            if ran is not None:
+                ran.update(reader.backends)
             made.update(zip(group, answers, strict=True))
     return [made[i] for i in range(len(prompts))]
 
@@ -118,26 +131,65 @@ def _batches(
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
+class _Reader:
+    """Reads a batch of prompts, and the steps behind them: the engine's, or plain forwards where it refuses.
+
+    room: tokens of a prompt and its answer.
+    """
+
+    rows: int
+    cache: Any
+    logits_BV: torch.Tensor  # at the prompts' last position
+
+    def __init__(self, model: PreTrainedModel, room: int, kernels: str | None) -> None:
+        self.model, self.room, self._refused = model, room, refusal(model)
+        if self._refused is None:
+            self._engine = DecodeEngine(model, room=room, kernels=kernels)
+
+    def read(self, ids_BT: torch.Tensor, chunk: int) -> None:
+        """The prompts, in pieces of `chunk` tokens."""
+        self.rows, length = ids_BT.shape
+        if self._refused is None:
+            self.logits_BV = self._engine.prefill(ids_BT, chunk_sizes(self.model, self.rows, length, chunk))
+            self.cache = self._engine.cache
+        else:
+            self.cache, self.logits_BV = prefill(self.model, ids_BT, chunk, room=self.room - length)
+
+    def step(self, ids_B1: torch.Tensor) -> torch.Tensor:
+        """Reads a token a row; the logits behind it."""
+        if self._refused is None:
+            try:
+                return self._engine.step(ids_B1)
+            except NotTakenOverError as error:  # before anything was changed
+                self._refused = str(error)
+        output = self.model(input_ids=ids_B1, past_key_values=self.cache, use_cache=True, **keep_logits(self.model, 1))
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """What ran, or why the engine did not."""
+        return self._engine.backends if self._refused is None else {"engine": f"no: {self._refused}"}
+
+
 def _answer(
     model: PreTrainedModel,
-    ids_BT: torch.Tensor,
+    reader: _Reader,
+    tokens: int,
     most: int,
-    chunk: int,
     stop: frozenset[int],
     ended: Finished,
     references: Sequence[Sequence[int]] | None,
 ) -> list[Generation]:
-    rows = len(ids_BT)
-    room = max([most, *map(len, references or ())])
-    with TokenCount(model) as count:
-        cache, logits_BV = prefill(model, ids_BT, chunk, room=room)
-    prompt_tokens = count.tokens // rows
+    """The answers behind `tokens` tokens of prompts that `reader` has read."""
+    rows = reader.rows
+    prompt_tokens = tokens // rows
     logprobs: list[float | None] = [None] * rows
     extra = [0] * rows
     if references is not None:
-        logprobs = list(_logprobs(model, copy_cache(cache), logits_BV, references))
+        logprobs = list(_logprobs(model, copy_cache(reader.cache), reader.logits_BV, references))
         extra = [len(reference) - 1 for reference in references]
-    answers, given_back = _decode(model, cache, logits_BV, most, stop, ended)
+    answers, given_back = _decode(reader.step, reader.logits_BV, most, stop, ended)
     return [
         Generation(
             tokens=answers[row],
@@ -151,21 +203,16 @@ def _answer(
 
 
 def _decode(
-    model: PreTrainedModel,
-    cache: Any,
-    logits_BV: torch.Tensor,
-    most: int,
-    stop: frozenset[int],
-    ended: Finished,
+    step: Step, logits_BV: torch.Tensor, most: int, stop: frozenset[int], ended: Finished
 ) -> tuple[list[list[int]], list[int]]:
-    """The most likely continuations of `cache`, whose last position gave `logits_BV`.
+    """The most likely continuations of prompts whose last position gave `logits_BV`.
 
     And how many tokens of each the model was given back before that answer had ended.
     """
     answers: list[list[int]] = [[] for _ in logits_BV]
     given_back = [0] * len(answers)
     open_rows = set(range(len(answers)))
-    for step in range(most):
+    for index in range(most):
         chosen_B = logits_BV.argmax(-1)
         for row, token in enumerate(chosen_B.tolist()):
             if row not in open_rows:
@@ -174,10 +221,9 @@ def _decode(
                 answers[row].append(token)
             if token in stop or ended(row, answers[row]):
                 open_rows.discard(row)
-        if not open_rows or step == most - 1:
+        if not open_rows or index == most - 1:
             break
-        output = model(input_ids=chosen_B[:, None], past_key_values=cache, use_cache=True, **keep_logits(model, 1))
-        cache, logits_BV = output.past_key_values, output.logits[:, -1]
+        logits_BV = step(chosen_B[:, None])
         for row in open_rows:
             given_back[row] += 1
     return answers, given_back

@@ -17,14 +17,16 @@ import torch
 
 from halobench.config import to_dict
 from halobench.errors import is_out_of_memory
+from halobench.mixers.cache import HybridCache
 from halobench.progress import say
 from halobench.records import Metric
+from halobench.surgery.engine import DecodeEngine, NotTakenOverError, refusal
 from halobench.surgery.hybrid import backends_of
 from halobench.tasks.kernels_seen import attention_kernels
 from halobench.tasks.machine import wait_for
 from halobench.tasks.memory import peak, reset_peak
 from halobench.tasks.paired import Ratio, paired_ratio
-from halobench.tasks.scoring import check_context, evaluating, prefill
+from halobench.tasks.scoring import check_context, chunk_sizes, evaluating, prefill
 from halobench.tasks.statistics import median_stderr
 from halobench.units import format_bytes, format_length
 
@@ -76,8 +78,8 @@ class ProfileRow:
     median. peak_bytes: above what the process held before, which is the weights. cache_bytes: allocated after prefill;
     kv_bytes and state_bytes: what of it grows with the context and what does not, in use. backend: device, dtype and
     attention that ran; kernels: the attention kernels that torch ran in "prefill" and "decode"; mixers: the form each
-    kind of mixer ran in. chunk: tokens of the prompt read in one forward. theory: the floors; tpot_over_floor and
-    ttft_over_floor: the times over them.
+    kind of mixer ran in; decode: the decode engine's backends, or why it did not run. chunk: tokens of the prompt read
+    in one forward. theory: the floors; tpot_over_floor and ttft_over_floor: the times over them.
     """
 
     model: str
@@ -105,6 +107,7 @@ class ProfileRow:
     backend: str
     kernels: dict[str, list[str]] = field(default_factory=dict)
     mixers: dict[str, str] = field(default_factory=dict)
+    decode: dict[str, str] = field(default_factory=dict)
     chunk: int
     theory: Theory | None = None
     tpot_over_floor: float | None = None
@@ -143,6 +146,7 @@ class _Measured:
     ttft: list[float] = field(default_factory=list)
     steps: list[list[float]] = field(default_factory=list)
     kernels: dict[str, list[str]] = field(default_factory=dict)
+    decode: dict[str, str] = field(default_factory=dict)
     peak: int = 0
     cache: tuple[int, int, int] = (0, 0, 0)
     error: str | None = None
@@ -275,10 +279,9 @@ def _warm_up(model: PreTrainedModel, result: _Measured, ids: torch.Tensor, chunk
     short = ids[:, : min(ids.shape[1], _WARM_TOKENS)]
     piece = short.shape[1] if ids.shape[1] <= chunk else -(-short.shape[1] // 2)
     with attention_kernels() as reading:
-        cache, logits = prefill(model, short, piece, room=2)
-        token = logits.argmax(-1, keepdim=True)
+        decoder = _Decoder(model, short, piece, room=2, replay=False)
     with attention_kernels() as decoding:
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        decoder.step()
     result.kernels = {"prefill": sorted(reading), "decode": sorted(decoding)}
     trial = _Measured()
     _prefill_and_decode(model, short, 1, chunk, trial)
@@ -289,36 +292,77 @@ def _warm_up(model: PreTrainedModel, result: _Measured, ids: torch.Tensor, chunk
 def _prefill_and_decode(model: PreTrainedModel, ids: torch.Tensor, steps: int, chunk: int, result: _Measured) -> None:
     wait_for(model.device)
     started = time.perf_counter()
-    cache, logits = prefill(model, ids, chunk, room=steps)
-    token = logits.argmax(-1, keepdim=True)
+    decoder = _Decoder(model, ids, chunk, room=steps)
     wait_for(model.device)
     result.ttft.append(time.perf_counter() - started)
-    result.cache = cache_sizes(cache, ids.shape[1])
+    result.cache = cache_sizes(decoder.cache, ids.shape[1])
     result.steps.append([])
+    decoder.prepare()
     for _ in range(steps):
         started = time.perf_counter()
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        decoder.step()
         wait_for(model.device)
         result.steps[-1].append(time.perf_counter() - started)
+    result.decode = decoder.backends
+
+
+class _Decoder:
+    """A prompt that was read, and greedy steps behind it: the decode engine's, or plain forwards where it refuses."""
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, chunk: int, room: int, replay: bool = True) -> None:
+        self._model, self._refused = model, refusal(model)
+        if self._refused is None:
+            self._engine = DecodeEngine(model, room=ids.shape[1] + room, replay=replay)
+            logits = self._engine.prefill(ids, chunk_sizes(model, ids.shape[0], ids.shape[1], chunk))
+            self.cache: Any = self._engine.cache
+        else:
+            self.cache, logits = prefill(model, ids, chunk, room=room)
+        self._token = logits.argmax(-1, keepdim=True)
+
+    def prepare(self) -> None:
+        """What is done once before steps are replayed."""
+        if self._refused is None:
+            try:
+                self._engine.prepare(self._token)
+            except NotTakenOverError as error:  # before anything was changed
+                self._refused = str(error)
+
+    def step(self) -> None:
+        """Reads the token chosen last and chooses the next."""
+        if self._refused is None:
+            try:
+                self._engine.step(self._token)
+                self._token = self._engine.token
+                return
+            except NotTakenOverError as error:
+                self._refused = str(error)
+        output = self._model(input_ids=self._token, past_key_values=self.cache, use_cache=True)
+        self.cache, self._token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """What ran, or why the engine did not."""
+        return self._engine.backends if self._refused is None else {"engine": f"no: {self._refused}"}
 
 
 def cache_sizes(cache: Any, context: int) -> tuple[int, int, int]:
-    """Bytes of a cache of `context` tokens: allocated, of keys and values in use, and of states.
+    """Bytes of a cache of `context` tokens: allocated for them, of keys and values in use, and of states.
 
-    Keys and values are the tensors of that name in each layer, (batch, heads, room, size); all others are states.
-    A window keeps fewer keys than the context: what it keeps is counted.
+    Keys and values are the tensors of that name in each layer, (batch, heads, room, size); all others are states. Room
+    for tokens to come is not counted. A window keeps fewer keys than the context: what it keeps is counted.
     """
     allocated = keys = states = 0
     for layer in cache.layers:
         for name, value in vars(layer).items():
             for tensor in _tensors(value):
                 size = tensor.nbytes if tensor.numel() > 1 else 0
-                allocated += size
-                if name in ("keys", "values"):
-                    keys += size * min(context, tensor.shape[-2]) // tensor.shape[-2] if size else 0
+                if size and name in ("keys", "values"):
+                    size = size * min(context, tensor.shape[-2]) // tensor.shape[-2]
+                    kept = layer.kept(context) if isinstance(cache, HybridCache) else tensor.shape[-2]
+                    keys += tensor.nbytes * min(context, kept) // tensor.shape[-2]
                 else:
                     states += size
+                allocated += size
     return allocated, keys, states
 
 
@@ -344,6 +388,7 @@ def _row(name: str, model: PreTrainedModel, result: _Measured, context: int, bat
         "backend": f"{model.device.type} {str(model.dtype).removeprefix('torch.')} {attention}{forms}",
         "kernels": result.kernels,
         "mixers": mixers,
+        "decode": result.decode,
         "chunk": min(chunk, context),
     }
     if result.error is not None:

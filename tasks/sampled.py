@@ -37,7 +37,8 @@ class SampledTask(Protocol):
     """A task of a suite for one tokenizer and one seed; bound to no model.
 
     Optional attributes, for the estimate and for what is left out: `shortest`, the shortest length it has room at;
-    `answer_tokens`, the most tokens a model says to a sample, and `batch_tokens`, of the prompts it answers together.
+    `answer_tokens`, the most tokens a model says to a sample, and `batch_tokens`, of the prompts it answers together;
+    and for the record `ran`, what the model decoded with.
     """
 
     suite: str

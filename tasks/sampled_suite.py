@@ -83,6 +83,9 @@ class SampledSuite:
                 )  # fmt: skip
                 found += metrics
                 request.readings.append(reading)
+            ran = getattr(task, "ran", None)
+            if ran:
+                request.details.setdefault("decode", {}).update(ran)
         return found
 
     def work(self, request: Request) -> list[Work]:

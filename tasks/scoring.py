@@ -23,6 +23,7 @@ import torch
 from halobench.errors import HalobenchError, UserError
 from halobench.mixers.cache import HybridCache
 from halobench.surgery.anatomy import evaluating as evaluation_mode
+from halobench.surgery.engine import hears_steps
 from halobench.surgery.hybrid import HybridForCausalLM
 from halobench.surgery.plan import KEEP
 
@@ -86,7 +87,10 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 class TokenCount:
-    """Counts the input tokens of every forward of `model` while it is open (`with TokenCount(model) as count`)."""
+    """Counts the input tokens of every forward of `model` while it is open (`with TokenCount(model) as count`).
+
+    Those of the decode engine's steps too.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.tokens = model, 0
@@ -98,6 +102,7 @@ class TokenCount:
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
 
+    @hears_steps
     def _count(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.tokens += 0 if ids is None else ids.numel()

@@ -180,6 +180,24 @@ def no_fla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fla", None)
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An H200 and Triton 3.7.1, as far as `choose` looks."""
+    triton = ModuleType("triton")
+    triton.__version__ = "3.7.1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    properties = SimpleNamespace(shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return triton
+
+
+@pytest.fixture
+def no_triton(hopper: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("initial", [False, True])
@@ -204,10 +222,71 @@ def test_a_constant_decay_that_is_trained_reaches_fla_as_one_with_a_gradient(fla
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_auto_is_fla_for_a_cuda_tensor_where_fla_imports(fla: ModuleType, operator: str) -> None:
+def test_auto_is_fla_for_a_cuda_tensor_where_fla_imports_and_ours_cannot_run(
+    fla: ModuleType, no_triton: None, operator: str
+) -> None:
     assert choose(operator, "auto", on_gpu()) == choose(operator, "fla", on_gpu()) == "fla"
     assert choose(operator, "torch", on_gpu()) == "torch" and choose(operator, "naive", on_gpu()) == "naive"
-    assert explain(operator, on_gpu()) == f"{operator}: fla (torch.bfloat16 on cuda:0, flash-linear-attention 0.6.0)"
+    told = explain(operator, on_gpu())
+    assert told.startswith("fla (torch.bfloat16 on cuda:0, flash-linear-attention 0.6.0; not triton: ")
+
+
+def test_auto_is_our_triton_kernel_on_cuda_before_fla(fla: ModuleType, hopper: ModuleType) -> None:
+    assert choose("scalar_decay", "auto", on_gpu()) == choose("scalar_decay", "triton", on_gpu()) == "triton"
+    assert choose("scalar_decay", "fla", on_gpu()) == "fla"
+    assert explain("scalar_decay", on_gpu()) == "triton (torch.bfloat16 on cuda:0, triton 3.7.1)"
+    assert choose("scalar_decay", "auto", on_gpu(key=256)) == "fla"
+    assert "not triton: the size of a head is 256" in explain("scalar_decay", on_gpu(key=256))
+    exact = on_gpu(torch.float32)
+    assert choose("scalar_decay", "auto", exact) == "fla" and choose("scalar_decay", "triton", exact) == "triton"
+
+
+@pytest.mark.parametrize(
+    ("operator", "like", "reason"),
+    [
+        ("scalar_decay", torch.zeros(1, 8, 2, 64), "on cpu"),
+        ("scalar_decay", on_gpu(torch.float64), "float64"),
+        ("scalar_decay", on_gpu(key=256), "size of a head is 256"),
+        ("vector_decay", on_gpu(), "no Triton kernel of ours, which scalar_decay, "),
+    ],
+)
+def test_triton_asked_for_by_name_where_it_cannot_run_is_a_user_error_with_the_reason(
+    hopper: ModuleType, operator: str, like: Tensor, reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        choose(operator, "triton", like)
+
+
+def test_values_too_large_for_our_kernel_go_to_another_form(
+    fla: ModuleType, hopper: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [choose("scalar_decay", "auto", on_gpu(), size) for size in (64, 256)] == ["triton", "fla"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    q, v = torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 1, 256)
+    with pytest.raises(UserError, match="size of a head is 256"):
+        scalar_decay(q, q, v, torch.zeros(1), scale=1.0, backend="triton")
+
+
+def test_a_gpu_with_little_shared_memory_does_not_run_our_kernel(
+    hopper: ModuleType, no_fla: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SimpleNamespace(shared_memory_per_block_optin=101_376)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: small)
+    assert choose("scalar_decay", "auto", on_gpu()) == "torch"
+    assert "101376 bytes of shared memory" in explain("scalar_decay", on_gpu())
+
+
+def test_without_triton_ours_is_refused_by_name(no_triton: None) -> None:
+    with pytest.raises(UserError, match="triton is not installed"):
+        choose("scalar_decay", "triton", on_gpu())
+
+
+def test_the_interpreter_is_taken_when_asked_for_and_never_by_itself(
+    hopper: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    like = torch.zeros(1, 8, 2, 64)
+    assert choose("scalar_decay", "triton", like) == "triton" and choose("scalar_decay", "auto", like) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -220,7 +299,7 @@ def test_auto_is_fla_for_a_cuda_tensor_where_fla_imports(fla: ModuleType, operat
     ],
 )
 def test_what_fla_cannot_compute_runs_in_torch_and_says_why(
-    fla: ModuleType, operator: str, like: Tensor, reason: str
+    fla: ModuleType, no_triton: None, operator: str, like: Tensor, reason: str
 ) -> None:
     assert choose(operator, "auto", like) == "torch"
     assert reason in explain(operator, like)
@@ -228,16 +307,12 @@ def test_what_fla_cannot_compute_runs_in_torch_and_says_why(
         choose(operator, "fla", like)
 
 
-def test_gradients_that_triton_miscompiles_on_hopper_are_taken_in_torch(
-    fla: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+def test_gradients_that_triton_miscompiles_on_hopper_are_not_taken_in_fla(fla: ModuleType, hopper: ModuleType) -> None:
     for version, form in (("3.7.0", "torch"), ("3.7.1", "fla")):
-        triton = ModuleType("triton")
-        triton.__version__ = version  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "triton", triton)
-        assert choose("scalar_decay", "auto", on_gpu(requires_grad=True)) == form
-        assert choose("scalar_decay", "auto", on_gpu()) == "fla"
+        hopper.__version__ = version  # type: ignore[attr-defined]
+        assert choose("delta_rule", "auto", on_gpu(requires_grad=True)) == form
+        assert choose("delta_rule", "auto", on_gpu()) == "fla"
+        assert choose("scalar_decay", "auto", on_gpu(requires_grad=True)) == "triton"
 
 
 def test_without_fla_auto_is_torch_and_asking_for_it_says_how_to_get_it(no_fla: None) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 from halobench.kernels import chunks
 from halobench.kernels.scalar_decay.chunked import scalar_decay_chunked
 from halobench.kernels.scalar_decay.naive import scalar_decay_naive
+from halobench.kernels.scalar_decay.recurrence import scalar_decay
 from halobench.kernels.scalar_decay.slopes import alibi_slopes
 from halobench.kernels.scalar_decay.step import scalar_decay_step
 
@@ -109,6 +113,79 @@ def test_bfloat16_stays_near_the_definition_at_length_and_keeps_an_fp32_state() 
     early, late = ((o[:, part].double() - expected[:, part]).norm() / expected[:, part].norm()
                    for part in (slice(0, 512), slice(-512, None)))  # fmt: skip
     assert early < 0.02 and late < 0.02
+
+
+def results(function: Callable[..., Any], given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Outputs, last state and the gradients of a mixed loss in q, k, v, log decay and initial state."""
+    leaves = [x.detach().clone().requires_grad_() for x in given]
+    o, last = function(*leaves[:4], scale=0.3, initial_state_BHKV=leaves[4])
+    weights, of_last = (torch.linspace(-1, 1, x.numel()).bfloat16().view_as(x).to(x) for x in (o, last))
+    return [o, last, *torch.autograd.grad((o * weights).sum() + (last * of_last).sum(), leaves)]
+
+
+def relative_errors(got: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    return [float((a.double() - b).detach().norm() / b.detach().norm()) for a, b in zip(got, exact, strict=True)]
+
+
+@pytest.mark.parametrize("mean", [0.01, 0.3, 3.0])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_gradient_of_the_decay_survives_bfloat16(mean: float, per_token: bool) -> None:
+    q, k, v, g = inputs(150, per_token, torch.bfloat16)
+    g = g.float() * (2 * mean) if per_token else -torch.tensor([mean, mean / 2, mean * 2])
+    given = [q, k, v, g, state().float()]
+    exact = results(scalar_decay_naive, [x.double() for x in given])
+    got = results(scalar_decay_chunked, given)
+    assert got[2].dtype == torch.bfloat16 and got[5].dtype == torch.float32
+    assert max(relative_errors(got[2:], exact[2:])) < 5e-3
+
+
+@pytest.mark.parametrize("lowest", [-200.0, -1e3, -1e6, -torch.inf])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_tokens_that_forget_everything_leave_the_others_exact(
+    lowest: float, dtype: torch.dtype, tolerance: float, per_token: bool
+) -> None:
+    q, k, v, g = inputs(150, per_token)
+    if per_token:
+        g[:, 3::8] = lowest
+    else:
+        g[0] = lowest
+    given = [x.to(dtype) for x in (q, k, v, g, state())]
+    exact = results(scalar_decay_naive, [x.double() for x in given])
+    got = results(scalar_decay_chunked, given)
+    assert max(relative_errors(got, exact)) < tolerance
+    assert not (got[5][:, 3::8] if per_token else got[5][0]).any()
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_bfloat16_initial_state_is_summed_in_fp32(backend: str, tokens: int) -> None:
+    q, k, v, g = inputs(tokens, dtype=torch.bfloat16)
+    start = state().bfloat16()
+    _, last = scalar_decay(q, k, v, g.float(), scale=1.0, initial_state_BHKV=start, backend=backend)
+    exact = [x.double() for x in (q, k, v, g)]
+    _, expected = scalar_decay_naive(*exact, scale=1.0, initial_state_BHKV=start.double())
+    assert last.dtype == torch.float32
+    torch.testing.assert_close(last.double(), expected, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+@pytest.mark.parametrize("initial", [False, True])
+def test_no_tokens_leave_the_state_as_it_is(backend: str, initial: bool) -> None:
+    q, k, v, g = inputs(0)
+    start = state() if initial else None
+    o, last = scalar_decay(q, k, v, g, scale=1.0, initial_state_BHKV=start, backend=backend)
+    assert o.shape == (B, 0, H, V)
+    torch.testing.assert_close(last, state() if initial else torch.zeros(B, H, K, V, dtype=torch.float64))
+
+
+def test_a_step_reads_its_state_in_fp32_under_autocast() -> None:
+    q, k, v, g = (x.float() for x in inputs(1))
+    token = q[:, 0], k[:, 0], v[:, 0], g, state().float(), 0.5
+    expected = scalar_decay_step(*token)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = scalar_decay_step(*token)
+    assert got[0].dtype == torch.float32 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_slopes_of_a_power_of_two_are_geometric_and_others_are_interpolated() -> None:

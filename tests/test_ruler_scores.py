@@ -141,6 +141,7 @@ def test_a_prompt_that_was_not_read_whole_is_counted(reader, bpe, monkeypatch) -
     from halobench.tasks import generation
 
     task = make_ruler_task("niah_single_1", bpe, seed=0)
+    monkeypatch.setattr(generation, "refusal", lambda model: "another reads the prompt here")
     monkeypatch.setattr(
         generation, "prefill", lambda model, ids, chunk, room: prefill(model, ids[:, 20:], chunk, room=room)
     )
@@ -211,9 +212,13 @@ def test_half_a_reader_scores_alike_on_lm_evals_samples_and_ours(name, length) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "length"), PARITY)
+@pytest.mark.parametrize(("name", "length"), [pair for pair in PARITY if pair[0] != "vt"])
 def test_the_teacher_finds_the_right_answers_as_likely_in_lm_evals_samples(name, length) -> None:  # type: ignore[no-untyped-def]
-    """By log-likelihood: the teacher learnt other needles, and says next to none of RULER's at any length."""
+    """By log-likelihood: the teacher learnt other needles, and says next to none of RULER's at any length.
+
+    Not variable tracking, whose wording and lines are RULER's of 2025 here and those of 2024 there: this small a model
+    takes 0.3 nats a token for that, though whoever can read finds as much in both (above).
+    """
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

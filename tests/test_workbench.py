@@ -43,7 +43,7 @@ SMALL = [
 class Desk:
     """What selection asks of a conversion, on a pico teacher. `broken`: layers whose mixers give the opposite."""
 
-    teacher_name, teacher_hash, device, team = "pico", "0", "cpu", Team()
+    teacher_name, teacher_hash, device, team, kernels = "pico", "0", "cpu", Team(), "auto"
 
     def __init__(self, teacher, tokenizer, folder: Path, broken: tuple[int, ...] = (2,)) -> None:
         self.teacher, self.tokenizer, self.broken = teacher.requires_grad_(False), tokenizer, broken

@@ -11,6 +11,7 @@ from halobench.cli import (
     checkpoints,
     convert,
     demo,
+    doctor,
     evaluate,
     lists,
     oracle,
@@ -44,7 +45,7 @@ app.command("report")(report.report)
 app.command("import")(checkpoints.import_checkpoint)
 app.command("export")(checkpoints.export_checkpoint)
 app.add_typer(teacher.app, name="teacher")
-app.command("doctor")(lists.doctor)
+app.command("doctor")(doctor.doctor)
 app.command("recipes")(lists.recipes)
 app.command("mixers")(lists.mixers)
 app.command("selectors")(lists.selectors)

@@ -28,6 +28,7 @@ def convert(
     ] = "scale",
     aligned: Annotated[Path | None, typer.Option(help="Use the alignment and sweep of this run.")] = None,
     device: options.Device = None,
+    kernels: options.Kernels = "auto",
     set_: options.Sets = None,
 ) -> None:
     """Convert a teacher into a hybrid: transfer, align, select layers, distil, finetune. Resumes what it began."""
@@ -47,9 +48,9 @@ def convert(
     chosen = load_recipe(recipe, overrides)
     MIXERS.get(chosen.mixer)
     SELECTORS.get(chosen.select)
-    conversion = Conversion(
-        teacher, chosen, out, device=options.device_or_default(device), given=given, aligned=aligned
-    )
+    where = options.device_or_default(device)
+    form = options.kernels_for(kernels, where)
+    conversion = Conversion(teacher, chosen, out, device=where, given=given, aligned=aligned, kernels=form)
     conversion.convert(until)
     if until == STAGES[-1] and conversion.team.leads:
         say(f"next: halobench eval {out} -o {out}/eval")

@@ -32,6 +32,7 @@ def evaluate(
     data_dir: Annotated[Path | None, typer.Option(help="A folder of local task files, in place of the hub.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     device: options.Device = None,
+    kernels: options.Kernels = "auto",
     yes: Annotated[bool, typer.Option("--yes", help="Go on although it will take more than an hour.")] = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Tell tokens and time, and do nothing else.")] = False,
     as_json: options.Json = False,
@@ -41,12 +42,12 @@ def evaluate(
     from halobench.evaluation import EvalRequest, estimate_models, evaluate_models
     from halobench.units import parse_lengths
 
+    chosen = options.device_or_default(device)
     request = EvalRequest(
         suites=tuple(name.strip() for name in suite.split(",")), lengths=tuple(parse_lengths(lengths)),
-        limit=limit, data_dir=data_dir, seed=seed, precision=precision,
+        limit=limit, data_dir=data_dir, seed=seed, precision=precision, kernels=options.kernels_for(kernels, chosen),
     )  # fmt: skip
     request.check()
-    chosen = options.device_or_default(device)
     if estimate:
         estimates = estimate_models(models, out, request, chosen)
         if as_json:

@@ -1,29 +1,8 @@
-"""`halobench doctor | recipes | mixers | selectors`: what is here and what there is to choose from."""
+"""`halobench recipes | mixers | selectors`: what there is to choose from."""
 
 from __future__ import annotations
 
 from typing import Any
-
-
-def doctor() -> None:
-    """Versions, hardware and what is missing for the fast paths."""
-    import torch
-
-    from halobench.provenance import environment
-
-    found = environment()
-    for name, version in found["versions"].items():
-        print(f"{name:>24}  {version}")
-    for name, value in found["hardware"].items():
-        print(f"{name:>24}  {value}")
-    gpu = torch.cuda.is_available()
-    print(f"{'device':>24}  {'cuda' if gpu else 'cpu: torch sees no GPU; tiny models run well, a 1.7B model does not'}")
-    from halobench.kernels.backend import explain
-
-    like = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16, device="cuda" if gpu else "cpu")
-    for operator in ("scalar_decay", "vector_decay", "delta_rule", "dplr"):
-        name, _, reason = explain(operator, like).partition(": ")
-        print(f"{name:>24}  {reason}")
 
 
 def recipes() -> None:

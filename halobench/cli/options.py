@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; by default cuda where a GPU is.")]
+Kernels = Annotated[
+    str,
+    typer.Option(help="Form of the mixers' operators: auto, torch, triton, fla; what cannot run is an error."),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where results go.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; everything else on stderr.")]
 Recipe = Annotated[str, typer.Option(help="A recipe's name or a YAML file; see `halobench recipes`.")]
@@ -29,6 +33,21 @@ def device_or_default(device: str | None) -> str:
     if device == "cuda" and default_device() != "cuda":
         raise UserError("device cuda was asked for, but torch sees no GPU here; use --device cpu")
     return device
+
+
+def kernels_for(kernels: str, device: str) -> str:
+    """The form asked for; one that this device can run nothing in is refused before any model is loaded."""
+    import torch
+
+    from halobench.errors import unknown_name
+    from halobench.kernels.backend import choose
+
+    known = ("auto", "torch", "triton", "fla")
+    if kernels not in known:
+        raise unknown_name("kernels", kernels, known)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    choose("scalar_decay", kernels, torch.zeros(1, 1, 1, 64, dtype=dtype, device=device))  # it has every form
+    return kernels
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

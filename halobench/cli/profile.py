@@ -41,6 +41,7 @@ def profile(
     repeats: Annotated[int, typer.Option(help="Rounds; each prefills anew.")] = 3,
     out: options.Out = Path("runs/profile"),
     device: options.Device = None,
+    kernels: options.Kernels = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Prefill, time per output token and memory, each model in a fresh process. What -o holds is not measured again."""
@@ -53,9 +54,10 @@ def profile(
         batches = tuple(sorted({int(part) for part in batch.split(",")}))
     except ValueError as error:
         raise UserError(f"--batch {batch!r} is not a list of numbers; write --batch 1,4") from error
+    chosen = options.device_or_default(device)
     request = ProfileRequest(
         contexts=tuple(parse_lengths(context)), batches=batches, dtype=dtype, new_tokens=new_tokens, repeats=repeats,
-        device=options.device_or_default(device),
+        device=chosen, kernels=options.kernels_for(kernels, chosen),
     )  # fmt: skip
     records = profile_models(models, out, request, vs=vs)
     if as_json:

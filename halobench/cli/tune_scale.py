@@ -42,6 +42,7 @@ def tune_scale(
     from halobench.files import write_json
     from halobench.models import load, resolve
     from halobench.recipe import ScaleConfig
+    from halobench.surgery.heads import check_head
     from halobench.surgery.stages.scale import scaled_layers, search_scale
 
     where, chosen = Path(resolve(model)), options.device_or_default(device)
@@ -50,6 +51,7 @@ def tune_scale(
     values = parse_candidates(candidates)
     student, tokenizer = load(model, device=chosen)
     layers = scaled_layers(student)
+    check_head(student)
     search = ScaleConfig(candidates=values, lengths=_lengths(lengths, where), sequences=sequences, refine=refine)
     before = student.mixer_modules()[layers[0]].options.logits_scale_base
     source = data or _own_data(model) or "sample"

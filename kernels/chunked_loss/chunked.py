@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 LIVE_BYTES = 768 << 20  # of all the logits alive at once
 # Student's and teacher's logits, the gradients of two losses (a KL mixed with a cross entropy) and their sum.
@@ -49,14 +50,17 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_hidden[part], found = found[0], found[1:]
             for grad, more in zip(grads, found, strict=True):
                 grad += more
-        ctx.grad_hidden, ctx.grads, ctx.parameters = grad_hidden, grads, parameters
+        ctx.save_for_backward(grad_hidden, *grads)  # freed with the graph, and one backward alone
+        ctx.dtypes = [p.dtype if p.requires_grad else None for p in parameters]
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Any, ...]:
-        remaining = iter(ctx.grads)
-        found = [(next(remaining) * grad_total).to(p.dtype) if p.requires_grad else None for p in ctx.parameters]
-        hidden = None if ctx.grad_hidden is None else ctx.grad_hidden * grad_total.to(ctx.grad_hidden.dtype)
+        grad_hidden, *grads = ctx.saved_tensors
+        remaining = iter(grads)
+        found = [None if dtype is None else (next(remaining) * grad_total).to(dtype) for dtype in ctx.dtypes]
+        hidden = None if grad_hidden is None else grad_hidden * grad_total.to(grad_hidden.dtype)
         return (None, None, hidden, *found)
 
 

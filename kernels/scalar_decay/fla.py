@@ -6,9 +6,11 @@ decay of each token, it is `g`.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from halobench.kernels.backend import compute_dtype, fla_ops
+from halobench.kernels.scalar_decay.inputs import bounded_decay
 
 
 def scalar_decay_fla(
@@ -25,6 +27,7 @@ def scalar_decay_fla(
     Arguments and results are those of `scalar_decay_chunked`; the state is fp32.
     """
     dtype = compute_dtype(q_BTHK)
+    log_decay = bounded_decay(log_decay, torch.float32)
     if log_decay.ndim == 1 and log_decay.requires_grad:
         log_decay = log_decay.expand(q_BTHK.shape[:3])
     constant = log_decay.ndim == 1
@@ -32,8 +35,8 @@ def scalar_decay_fla(
         q=q_BTHK.to(dtype),
         k=k_BTHK.to(dtype),
         v=v_BTHV.to(dtype),
-        g=None if constant else log_decay.float(),
-        g_gamma=log_decay.float() if constant else None,
+        g=None if constant else log_decay,
+        g_gamma=log_decay if constant else None,
         scale=scale,
         initial_state=None if initial_state_BHKV is None else initial_state_BHKV.float(),
         output_final_state=True,

@@ -59,6 +59,7 @@ class RulerTask:
     ) -> None:
         self.name, self.tokenizer, self.builder, self.seed = name, tokenizer, builder, seed
         self.device, self.batch_tokens = device, batch_tokens
+        self.ran: dict[str, str] = {}
 
     @property
     def answer_tokens(self) -> int:
@@ -131,7 +132,7 @@ class RulerTask:
             model, [p.ids for p in prompts], self.answer_tokens,
             stop=stop_tokens(model, self.tokenizer), finished=lambda row, tokens: score_of(row, tokens) == 1.0,
             references=encode(self.tokenizer, continuations) if single else None,
-            batch_tokens=self.batch_tokens, device=self.device,
+            batch_tokens=self.batch_tokens, device=self.device, ran=self.ran,
         )  # fmt: skip
         results = []
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
