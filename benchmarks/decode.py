@@ -15,45 +15,33 @@ import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from halobench.benchmarking import in_turns, leave, opened, plain, ratio
+from halobench.benchmarking import in_turns, open_pair, parse_pair, plain, ratio, run_script, script_parser
 from halobench.errors import is_out_of_memory
 from halobench.floors import sizes_of, theory_of
-from halobench.models import default_device
 from halobench.progress import say
-from halobench.surgery import SurgeryPlan, transplant
 from halobench.surgery.engine import DecodeEngine
 from halobench.tasks.machine import measure_machine
 from halobench.units import format_length, parse_length, parse_lengths
 
-MADE = "made from the teacher"
 SPARE = 8  # steps that are tried before any is timed
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is left out depends on the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
-    parser.add_argument("--teacher", help="a model, or preset:SHAPE; tiny on a CPU, preset:qwen3-1.7b on a GPU")
-    parser.add_argument("--hybrid", help=f"the same; {MADE} on a CPU, preset:hypenet-2b on a GPU")
-    parser.add_argument("--keep", type=int, default=2, help=f"softmax layers of a hybrid {MADE}")
+    parser = script_parser(__doc__)
     parser.add_argument("--kernels", default="auto", choices=("auto", "torch", "triton"))
     parser.add_argument("--contexts", help="tokens: 4k to 64k on a CPU, 4k to 1m on a GPU")
     parser.add_argument("--generate-up-to", default="128k", help="longest context of Hugging Face's own path")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=30.0, help="of a context, after which no further round begins")
-    parser.add_argument("-o", "--output", type=Path)
-    found = parser.parse_args(given)
-    cpu = found.device == "cpu"
-    found.teacher = found.teacher or ("tiny" if cpu else "preset:qwen3-1.7b")
-    found.hybrid = found.hybrid or (MADE if cpu else "preset:hypenet-2b")
-    found.contexts = found.contexts or ("4k,16k,64k" if cpu else "4k,32k,128k,512k,1m")
+    found = parse_pair(parser, given)
+    found.contexts = found.contexts or ("4k,16k,64k" if found.device == "cpu" else "4k,32k,128k,512k,1m")
     return found
 
 
@@ -145,11 +133,7 @@ def row(models: dict[str, Any], context: int, given: argparse.Namespace, machine
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """A row for each context."""
     device = torch.device(given.device)
-    teacher = opened(given.teacher, device)
-    if given.hybrid == MADE:
-        hybrid = transplant(teacher, SurgeryPlan.for_model(teacher, keep=given.keep)).to(device).eval()
-    else:
-        hybrid = opened(given.hybrid, device)
+    teacher, hybrid = open_pair(given)
     models = {"teacher": teacher, "hybrid": hybrid}
     machine, rows = measure_machine(device, teacher.dtype), []
     with torch.inference_mode():
@@ -168,8 +152,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> None:
     """Measures, prints, and writes the record where one is asked for."""
-    asked = arguments(given)
-    leave(__doc__, measure(asked), asked.output)
+    run_script(__doc__, arguments(given), measure)
 
 
 if __name__ == "__main__":

@@ -22,16 +22,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from halobench.benchmarking import in_turns, leave, plain, ratio
+from halobench.benchmarking import in_turns, plain, ratio, run_script, script_parser
 from halobench.kernels.chunked_loss import Head, SoftTargets, distillation
 from halobench.kernels.chunked_loss.hidden import LIVE_BYTES
 from halobench.kernels.chunked_loss.rows import BLOCK_BYTES
-from halobench.models import default_device
 from halobench.progress import say
 from halobench.tasks.memory import peak, reset_peak
 
@@ -41,8 +39,7 @@ PEERS = {"liger": "liger_kernel", "fla": "fla"}  # form: the package it is in
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
+    parser = script_parser(__doc__)
     parser.add_argument("--tokens", type=int, help="16384 on a GPU, 1024 elsewhere")
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--width", type=int, help="2048 on a GPU, 64 elsewhere")
@@ -55,7 +52,6 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tflops", type=float, default=790, help="of the GPU, for the floor")
     parser.add_argument("--terabytes", type=float, default=4.3, help="a second, of the GPU, for the floor")
     parser.add_argument("--memory-of", metavar="FORM")
-    parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args(words)
     given.cuda = torch.device(given.device).type == "cuda"
     given.tokens = given.tokens or (16_384 if given.cuda else 1024)
@@ -179,12 +175,8 @@ def floor(given: argparse.Namespace) -> dict[str, float]:
     return {"products_ms": products, "rows_ms": rows, "floor_ms": max(products, rows)}
 
 
-def main(words: list[str] | None = None) -> None:
-    """Measures, prints, and writes the record where one is asked for."""
-    given = arguments(words)
-    if given.memory_of:
-        print(json.dumps(memory(given.memory_of, given)))
-        return
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Times and memory of all forms."""
     forms = forms_of(given)
     rows = [fresh(form, given, given.tokens) for form in forms]
     rows += [fresh("triton" if given.cuda else "torch", given, tokens) for tokens in given.memory_tokens]
@@ -202,7 +194,16 @@ def main(words: list[str] | None = None) -> None:
         say(f"{row['form']:<8} {row['tokens']:>7} tokens {spent} {peak} {speed}")
     if given.cuda:
         say(f"floor {found['floor']['floor_ms']:.1f} ms")
-    leave(__doc__, found, given.output)
+    return found
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measures, prints, and writes the record where one is asked for."""
+    given = arguments(words)
+    if given.memory_of:
+        print(json.dumps(memory(given.memory_of, given)))
+    else:
+        run_script(__doc__, given, measure)
 
 
 if __name__ == "__main__":

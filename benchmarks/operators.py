@@ -13,18 +13,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from halobench.benchmarking import Timed, in_turns, leave, plain, ratio
+from halobench.benchmarking import Timed, in_turns, plain, ratio, run_script, script_parser
 from halobench.errors import UserError
 from halobench.kernels.backend import choose, explain
 from halobench.kernels.scalar_decay.recurrence import scalar_decay
 from halobench.kernels.scalar_decay.slopes import alibi_slopes
-from halobench.models import default_device
 from halobench.progress import say
 from halobench.tasks.kernels_seen import attention_kernels
 from halobench.tasks.machine import Machine, measure_machine
@@ -36,8 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is left out depends on the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
+    parser = script_parser(__doc__)
     parser.add_argument("--lengths", default="1k,2k,4k,8k,16k,32k,64k,128k,256k,512k", help="tokens")
     parser.add_argument("--heads", type=int, help="8 on a CPU, 16 on a GPU")
     parser.add_argument("--size", type=int, help="of a head: 64 on a CPU, 128 on a GPU")
@@ -47,7 +44,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gradients-up-to", help="longest text with gradients: 16k on a CPU, 512k on a GPU")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=6.0, help="of a length, after which no further round begins")
-    parser.add_argument("-o", "--output", type=Path)
     found = parser.parse_args(given)
     cpu = found.device == "cpu"
     found.heads, found.size = found.heads or (8 if cpu else 16), found.size or (64 if cpu else 128)
@@ -160,8 +156,7 @@ def _told(found: dict[str, Timed]) -> str:
 
 def main(given: list[str] | None = None) -> None:
     """Measures, prints, and writes the record where one is asked for."""
-    asked = arguments(given)
-    leave(__doc__, measure(asked), asked.output)
+    run_script(__doc__, arguments(given), measure)
 
 
 if __name__ == "__main__":

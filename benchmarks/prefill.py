@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from halobench.benchmarking import in_turns, leave, opened, plain, ratio
+from halobench.benchmarking import in_turns, open_pair, parse_pair, plain, ratio, run_script, script_parser
 from halobench.floors import sizes_of, theory_of
 from halobench.mixers.forms import ask_for, used
-from halobench.models import default_device
 from halobench.progress import say
 from halobench.surgery import SurgeryPlan, transplant
 from halobench.tasks.kernels_seen import attention_kernels
@@ -30,28 +28,19 @@ from halobench.tasks.scoring import prefill
 from halobench.units import format_length, parse_length, parse_lengths
 
 CHUNK = 4096
-MADE = "made from the teacher"
 OURS = "teacher, our attention"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is left out depends on the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
-    parser.add_argument("--teacher", help="a model, or preset:SHAPE; tiny on a CPU, preset:qwen3-1.7b on a GPU")
-    parser.add_argument("--hybrid", help=f"the same; {MADE} on a CPU, preset:hypenet-2b on a GPU")
-    parser.add_argument("--keep", type=int, default=2, help=f"softmax layers of a hybrid {MADE}")
+    parser = script_parser(__doc__)
     parser.add_argument("--kernels", default="auto", choices=("auto", "torch", "triton", "fla"))
     parser.add_argument("--lengths", help="tokens: 1k to 32k on a CPU, 4k to 512k on a GPU")
     parser.add_argument("--teacher-up-to", default="512k", help="longest prompt of the teacher")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of a length, after which no further round begins")
-    parser.add_argument("-o", "--output", type=Path)
-    found = parser.parse_args(given)
-    cpu = found.device == "cpu"
-    found.teacher = found.teacher or ("tiny" if cpu else "preset:qwen3-1.7b")
-    found.hybrid = found.hybrid or (MADE if cpu else "preset:hypenet-2b")
-    found.lengths = found.lengths or ("1k,2k,4k,8k,16k,32k" if cpu else "4k,32k,128k,512k")
+    found = parse_pair(parser, given)
+    found.lengths = found.lengths or ("1k,2k,4k,8k,16k,32k" if found.device == "cpu" else "4k,32k,128k,512k")
     return found
 
 
@@ -66,11 +55,7 @@ def with_our_attention(teacher: Any) -> Any:
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """A row for each length."""
     device = torch.device(given.device)
-    teacher = opened(given.teacher, device)
-    if given.hybrid == MADE:
-        hybrid = transplant(teacher, SurgeryPlan.for_model(teacher, keep=given.keep)).to(device).eval()
-    else:
-        hybrid = opened(given.hybrid, device)
+    teacher, hybrid = open_pair(given)
     ask_for(hybrid, given.kernels)
     models = {"teacher": teacher, OURS: with_our_attention(teacher), "hybrid": hybrid}
     machine = measure_machine(device, teacher.dtype)
@@ -108,8 +93,7 @@ def _kernels(models: dict[str, Any]) -> dict[str, list[str]]:
 
 def main(given: list[str] | None = None) -> None:
     """Measures, prints, and writes the record where one is asked for."""
-    asked = arguments(given)
-    leave(__doc__, measure(asked), asked.output)
+    run_script(__doc__, arguments(given), measure)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures the surgery room on this machine: python benchmarks/surgery.py PART..
 
-Parts: lightning, mixers, transplant, alignment.
+Parts: mixers, transplant, alignment.
 
 Each part writes benchmarks/surgery/PART.json: medians of alternating repeats in one process, with versions and machine.
 Only ratios within a record mean anything; machines differ, and so do their days.
@@ -8,63 +8,19 @@ Only ratios within a record mean anything; machines differ, and so do their days
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from halobench.benchmarking import in_turns
 from halobench.files import write_json
 from halobench.provenance import command_line, environment, now
 
 HERE = Path(__file__).resolve().parent / "surgery"
 HEADS, SIZE = 8, 64
-LENGTHS = [1024, 2048, 4096, 8192, 16384, 32768, 65536]
-
-
-def alternate(forms: dict[str, Callable[[], Any]], seconds: float, repeats: int = 7) -> dict[str, dict[str, float]]:
-    """Median and spread (seconds) of each form, in turns until `seconds` or `repeats` are spent, after one warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for run in forms.values():
-        run()
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        for name, run in forms.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-        if time.perf_counter() - begun > seconds:
-            break
-    return {
-        name: {"median": statistics.median(found), "min": min(found), "max": max(found), "n": len(found)}
-        for name, found in times.items()
-    }
-
-
-def lightning() -> dict[str, Any]:
-    """Lightning Attention's chunked form against torch's softmax attention, 8 heads x 64, batch 1, forward."""
-    import torch.nn.functional as F
-
-    from halobench.kernels.scalar_decay.recurrence import scalar_decay
-    from halobench.kernels.scalar_decay.slopes import alibi_slopes
-
-    decay, rows = -torch.tensor(alibi_slopes(HEADS)), []
-    for length in LENGTHS:
-        q, k, v = (torch.randn(1, length, HEADS, SIZE) for _ in range(3))
-        heads_first = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-        forms = {
-            "lightning": lambda q=q, k=k, v=v: scalar_decay(q, k, v, decay, scale=SIZE**-0.5, backend="torch"),
-            "sdpa": lambda x=heads_first: F.scaled_dot_product_attention(*x, is_causal=True),
-        }
-        found = alternate(forms, seconds=20)
-        rows.append(
-            {"length": length, **found, "sdpa over lightning": found["sdpa"]["median"] / found["lightning"]["median"]}
-        )
-        print(f"{length:>6}: lightning {found['lightning']['median']:.4f} s, sdpa {found['sdpa']['median']:.4f} s")
-    return {"heads": HEADS, "head_dim": SIZE, "dtype": "float32", "rows": rows}
 
 
 def mixers() -> dict[str, Any]:
@@ -98,7 +54,8 @@ def _forms(heads: int, size: int) -> list[dict[str, Any]]:
             mixer.backend = backend
             mixer.recur(*inputs)
 
-        found = alternate({"naive": lambda: run("naive"), "torch": lambda: run("torch")}, seconds=6)
+        forms = {"naive": lambda: run("naive"), "torch": lambda: run("torch")}
+        found = plain(in_turns(forms, torch.device("cpu"), seconds=6, rounds=7))
         naive, chunked = found["naive"]["median"], found["torch"]["median"]
         rows.append({"mixer": name, "heads": heads, "head_dim": size, **found, "naive over torch": naive / chunked})
         print(f"{name:>16} {heads} x {size}: naive {naive:.3f} s, in chunks {chunked:.4f} s, {naive / chunked:.0f}x")
@@ -166,7 +123,7 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-PARTS = {"lightning": lightning, "mixers": mixers, "transplant": transplant, "alignment": alignment}
+PARTS = {"mixers": mixers, "transplant": transplant, "alignment": alignment}
 
 if __name__ == "__main__":
     chosen = sys.argv[1:]

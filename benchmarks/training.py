@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from halobench.benchmarking import in_turns, leave, opened, plain
+from halobench.benchmarking import in_turns, opened, plain, run_script, script_parser
 from halobench.mixers.forms import ask_for, used
-from halobench.models import default_device
 from halobench.progress import say
 from halobench.surgery import SurgeryPlan, transplant
 from halobench.surgery.objective import Objective
@@ -33,8 +31,7 @@ from halobench.tasks.memory import peak, release, reset_peak
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is left out depends on the device."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
+    parser = script_parser(__doc__)
     parser.add_argument("--teacher", help="a model, or preset:SHAPE; tiny on a CPU, preset:qwen3-1.7b on a GPU")
     parser.add_argument("--mixer", default="lightning")
     parser.add_argument("--keep", type=int, help="softmax layers: 2 on a CPU, 7 on a GPU")
@@ -43,7 +40,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stages", default="align,distil")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=40.0, help="of a stage, after which no further round begins")
-    parser.add_argument("-o", "--output", type=Path)
     found = parser.parse_args(given)
     cpu = found.device == "cpu"
     found.teacher = found.teacher or ("tiny" if cpu else "preset:qwen3-1.7b")
@@ -123,8 +119,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def main(given: list[str] | None = None) -> None:
     """Measures, prints, and writes the record where one is asked for."""
-    asked = arguments(given)
-    leave(__doc__, measure(asked), asked.output)
+    run_script(__doc__, arguments(given), measure)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A script prints a table to stderr and one line of JSON to stdout, which is also 
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -16,14 +17,16 @@ from typing import Any
 
 import torch
 
-from halobench.errors import is_out_of_memory
+from halobench.errors import HalobenchError, is_out_of_memory
 from halobench.files import write_json
-from halobench.models import load
+from halobench.models import default_device, load
 from halobench.provenance import command_line, environment, now
 from halobench.shapes import empty_preset, fill, preset_of
+from halobench.surgery import SurgeryPlan, transplant
 from halobench.tasks.machine import wait_for
 
 Forms = Mapping[str, Callable[[], object]]
+MADE = "made from the teacher"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,50 @@ class Timed:
     max: float | None = None
     n: int = 0
     error: str | None = None
+
+
+def script_parser(what: str | None) -> argparse.ArgumentParser:
+    """A script's command line with what every script takes: the device, and a file for the record."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
+    parser.add_argument("-o", "--output", type=Path)
+    return parser
+
+
+def parse_pair(parser: argparse.ArgumentParser, given: list[str] | None) -> argparse.Namespace:
+    """The command line of a script that holds a teacher against a hybrid, complete for its device."""
+    parser.add_argument("--teacher", help="a model, or preset:SHAPE; tiny on a CPU, preset:qwen3-1.7b on a GPU")
+    parser.add_argument("--hybrid", help=f"the same; {MADE} on a CPU, preset:hypenet-2b on a GPU")
+    parser.add_argument("--keep", type=int, default=2, help=f"softmax layers of a hybrid {MADE}")
+    found = parser.parse_args(given)
+    cpu = found.device == "cpu"
+    found.teacher = found.teacher or ("tiny" if cpu else "preset:qwen3-1.7b")
+    found.hybrid = found.hybrid or (MADE if cpu else "preset:hypenet-2b")
+    return found
+
+
+def open_pair(given: argparse.Namespace) -> tuple[Any, Any]:
+    """The teacher and the hybrid of `parse_pair`, in evaluation mode; one that is made has untrained mixers."""
+    device = torch.device(given.device)
+    teacher = opened(given.teacher, device)
+    if given.hybrid != MADE:
+        return teacher, opened(given.hybrid, device)
+    hybrid: Any = transplant(teacher, SurgeryPlan.for_model(teacher, keep=given.keep))
+    return teacher, hybrid.to(device).eval()
+
+
+def run_script(
+    what: str | None,
+    given: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+) -> None:
+    """Measures and leaves the record; what cannot be measured as asked is one line and exit code 1 or 2."""
+    try:
+        found = measure(given)
+    except HalobenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    leave(what, found, given.output)
 
 
 def opened(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:

@@ -120,11 +120,10 @@ def mixers() -> str:
 
 
 def measured() -> str:
-    """What benchmarks/surgery.py found: alignment by mixer, chunks against definitions, Lightning against softmax."""
+    """What benchmarks/surgery.py found: alignment by mixer, chunks against definitions."""
     from halobench.reports.table import Markup, number, render, significant
-    from halobench.units import format_length
 
-    aligned, forms, lightning = (read_json(MEASURED / f"{part}.json") for part in ("alignment", "mixers", "lightning"))
+    aligned, forms = (read_json(MEASURED / f"{part}.json") for part in ("alignment", "mixers"))
     ratios = {(row["mixer"], row["head_dim"]): row["naive over torch"] for row in forms["rows"]}
     rows: list[list[str]] = []
     for row in aligned["rows"]:
@@ -132,16 +131,12 @@ def measured() -> str:
         times = [significant(ratios[row["mixer"], size], 2) for size in (32, 64)]
         rows.append([Markup(f"`{row['mixer']}`"), number(sum(errors) / len(errors)), number(max(errors)), *times])
     header = ["mixer", "error left", "in the worst layer", "chunks over definition, 4 x 32", "8 x 64"]
-    speeds = [[format_length(row["length"]), significant(row["sdpa over lightning"], 2)] for row in lightning["rows"]]
     tokens = aligned["rows"][0]["tokens"]
     return f"""{render(header, rows)}
 Error left: of the teacher's attention output after {tokens:,} tokens of alignment on the embedded teacher, as a share
 of its power, mean over its layers; one seed and one recipe, that of Lightning Attention, so small differences between
 mixers mean nothing. Chunks over definition: how many times faster the chunked form is than the loop over 4,096 tokens,
-by heads x size, forward, on two cores of a busy machine.
-
-{render(["tokens", "softmax over Lightning"], speeds)}
-Time of torch's softmax attention over Lightning Attention's on the same machine, 8 heads x 64, forward."""
+by heads x size, forward, on two cores of a busy machine."""
 
 
 def speed() -> str:

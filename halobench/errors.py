@@ -33,6 +33,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {name!r}; {hint} (allowed: {', '.join(choices) or 'none'})")
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of an error that others raised, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a GPU or on the host: torch tells in words."""
     text = str(error).lower()

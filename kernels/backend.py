@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halobench.errors import UserError, unknown_name
+from halobench.errors import UserError, reason_of, unknown_name
 
 BACKENDS = ("auto", "naive", "torch", "triton", "fla")
 
@@ -170,7 +170,7 @@ def _fla_obstacle(operator: str, like: Tensor, size: int | None) -> str | None:
         missing = "flash-linear-attention" if (error.name or "").split(".")[0] == "fla" else error.name
         return f"{missing} is not installed, `{INSTALL}`"
     except (ImportError, OSError, RuntimeError) as error:
-        return f"flash-linear-attention does not import ({str(error).splitlines()[0] if str(error) else error!r})"
+        return f"flash-linear-attention does not import ({reason_of(error)})"
     if operator in MISCOMPILED_GRADIENTS and torch.is_grad_enabled() and like.requires_grad and _miscompiles():
         return "Triton 3.4.0 to 3.7.0 miscompiles its gradients on Hopper, upgrade to Triton 3.7.1 (torch 2.13)"
     return None

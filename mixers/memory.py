@@ -157,7 +157,7 @@ class LayerMemory(CacheLayerMixin):
                 self.keys, self.values = (self._ring(x) for x in (self.keys, self.values))
             elif self.keys.shape[2] < room:
                 self.keys, self.values = (_grown(x, self.held, room) for x in (self.keys, self.values))
-            if self.keys.device.type == "cuda" and decode_form(place.backend, self.keys)[0] == "torch":
+            if self.keys.device.type == "cuda" and decode_form(place.backend, self.keys) == "torch":
                 for buffer in (self.keys, self.values):  # it is multiplied by zeros there, so it must be finite
                     buffer[:, :, min(self.held, buffer.shape[2]) :].zero_()
             self.keys.place = place  # type: ignore[attr-defined]

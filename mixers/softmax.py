@@ -134,7 +134,7 @@ class AttentionMixer(Mixer):
 
     def _attend_placed(self, q: Tensor, keys: Tensor, values: Tensor, place: Place) -> Tensor:
         """One token over the buffers of a pinned cache."""
-        self.used_backend, _ = decode_form(place.backend, q, self.head_dim)
+        self.used_backend = decode_form(place.backend, q, self.head_dim)
         place.attended += 1
         o_BHV = decode_attention(
             q[:, 0], keys, values, place.lengths_B, scale=self.scaling, soft_cap=self.soft_cap, sinks_H=self.sinks,

@@ -4,7 +4,7 @@ tested, and the seeds, versions and hardware of the runs."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from halobench.records import RunRecord
@@ -12,7 +12,7 @@ from halobench.reports.columns import columns, table_columns
 from halobench.reports.comparison import FLIPS, RESAMPLES, Comparisons
 from halobench.reports.pairing import independent_groups
 from halobench.reports.rows import IMPORTED, Group, Row
-from halobench.reports.table import MISSING, escape, render
+from halobench.reports.table import MISSING, clean, escape, render
 from halobench.units import format_bytes, format_count, format_length
 
 
@@ -120,10 +120,22 @@ def _hardware(record: RunRecord) -> str:
         return "not recorded"
     parts = [str(found["gpu"])] if found.get("gpu") else []
     parts.append(str(found.get("processor") or "processor not recorded"))
-    parts += [f"{found[key]} {key}" for key in ("cores", "threads") if found.get(key)]
+    parts += [_counted(found, key) for key in ("cores", "threads") if found.get(key)]
     if isinstance(found.get("memory"), int | float):
         parts.append(format_bytes(found["memory"]))
     return ", ".join(parts)
+
+
+def machine(hardware: Mapping[str, Any], device: str = "cpu") -> str:
+    """What decides the speed on a device, from a record's environment: the GPU, or the processor and threads."""
+    if device == "cuda":
+        return str(hardware["gpu"])
+    return f"{clean(str(hardware['processor']), 60)}, {_counted(hardware, 'threads')}"
+
+
+def _counted(hardware: Mapping[str, Any], what: str) -> str:
+    number = hardware[what]
+    return f"{number} {what.removesuffix('s') if number == 1 else what}"
 
 
 def _seeds(records: Sequence[RunRecord]) -> list[str]:

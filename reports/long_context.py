@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halobench.records import RunRecord
+from halobench.reports.footnotes import machine
 from halobench.reports.table import MISSING, Markup, clean, number, render, significant
 from halobench.units import format_bytes, format_count, format_length
 
@@ -47,7 +48,7 @@ def long_table(records: Sequence[RunRecord]) -> str:
     """A Markdown table, a row for each model and length, teachers first, with the hardware it was measured on."""
     ordered = sorted(records, key=lambda record: (record.model.kept is not None, record.model.name))
     rows = [row for record in ordered for row in _rows(record)]
-    machines = sorted({_machine(record) for record in ordered})
+    machines = sorted({machine(record.environment["hardware"]) for record in ordered})
     return (
         f"{render(HEADER, rows)}\n"
         "Needles found: every token of the answer is the likeliest. Tokens read: one reading of the haystack and the "
@@ -55,12 +56,6 @@ def long_table(records: Sequence[RunRecord]) -> str:
         "a line through the model's two shortest readings gives, which is what softmax layers explain. Peak memory: of "
         f"the whole process. {'; '.join(machines)}."
     )
-
-
-def _machine(record: RunRecord) -> str:
-    hardware = record.environment["hardware"]
-    threads = hardware["threads"]
-    return f"{clean(str(hardware['processor']), 60)}, {threads} thread{'s' * (threads != 1)}"
 
 
 def _rows(record: RunRecord) -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from halobench.reports.footnotes import machine
 from halobench.reports.table import MISSING, Markup, escape, render, significant
 from halobench.units import format_bytes, format_length
 
@@ -37,12 +38,8 @@ def speed(records: Mapping[tuple[str, str], Record]) -> str:
 def _where(record: Record) -> str:
     """The machine and the versions behind a table."""
     hardware, versions = record["environment"]["hardware"], record["environment"]["versions"]
-    if record["device"] == "cuda":
-        machine = str(hardware["gpu"])
-    else:
-        machine = f"{hardware['processor']}, {hardware['threads']} threads"
     used = [f"{name} {versions[name]}" for name in ("torch", "triton", "flash-linear-attention") if name in versions]
-    return f"{escape(machine)}; {escape(', '.join(used))}; `{escape(record['command'])}`"
+    return f"{escape(machine(hardware, record['device']))}; {escape(', '.join(used))}; `{escape(record['command'])}`"
 
 
 def _milliseconds(timed: Mapping[str, Any] | None) -> Markup:

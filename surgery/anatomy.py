@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from halobench.errors import UserError, some
+from halobench.errors import UserError, reason_of, some
 from halobench.mixers.contract import MixerContext
 from halobench.mixers.softmax import SoftmaxMixer, SoftmaxOptions
 from halobench.mixers.view import AttentionView, NormView
@@ -107,8 +107,9 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     except ValueError as error:
         raise UserError(f"{config.model_type} has no causal language model in transformers; {DECODERS}") from error
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"transformers cannot build a {config.model_type} from this config: {reason}") from error
+        raise UserError(
+            f"transformers cannot build a {config.model_type} from this config: {reason_of(error)}"
+        ) from error
 
 
 def leaves_caps_out(model: PreTrainedModel) -> bool:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from halobench.config import to_dict
-from halobench.errors import HalobenchError, UserError, some
+from halobench.errors import HalobenchError, UserError, reason_of, some
 from halobench.files import atomic_path, read_json, write_json
 from halobench.mixers import MIXERS
 from halobench.mixers.contract import Mixer, build_mixer
@@ -89,9 +89,8 @@ def load_model(
     except UserError:
         raise
     except (*BAD_CONFIG, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "cannot be loaded" if folder.exists() else "is neither a folder here nor a model the hub will give"
-        raise UserError(f"{path} {what}: {reason}") from error
+        raise UserError(f"{path} {what}: {reason_of(error)}") from error
     model, report = loaded
     check_report(path, report)
     honour_caps(model)
@@ -115,8 +114,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except BAD_CONFIG as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} holds no configuration of a model: {reason}") from error
+        raise UserError(f"{path} holds no configuration of a model: {reason_of(error)}") from error
 
 
 def _check_folder(folder: Path) -> None:

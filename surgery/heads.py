@@ -6,6 +6,7 @@ the matrix product stands in no common place of its code or config: it is listed
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -99,6 +100,11 @@ def head(model: Any) -> Head:
         case "cap", value:
             bend = Bend(cap=value)
     return Head(weight_VD=last.weight, bias_V=last.bias, bend=bend)
+
+
+def keep_logits(model: Any, count: int) -> dict[str, int]:
+    """The argument of forward that limits logits to the last `count` positions, for models that know it."""
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def head_parameters(model: Any) -> list[nn.Parameter]:

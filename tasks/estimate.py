@@ -104,19 +104,18 @@ def _time_prefill(model: PreTrainedModel, length: int, device: str | torch.devic
 
 def _time_step(model: PreTrainedModel, length: int, device: str | torch.device | None) -> float:
     """Seconds a token takes that is said, the last of `length` tokens."""
-    from halobench.tasks.scoring import evaluating, keep_logits, prefill
+    from halobench.tasks.decoder import Decoder
+    from halobench.tasks.scoring import evaluating
 
     behind = min(STEPS, length - 1)
     ids = _random_tokens(model, length, device)
     with evaluating(model):
-        cache, logits = prefill(model, ids[:, : length - behind], CHUNK, room=behind)
-        logits.sum().item()
+        decoder = Decoder(model, length)
+        decoder.read(ids[:, : length - behind], CHUNK).sum().item()
+        decoder.prepare()
         started = time.perf_counter()
         for place in range(length - behind, length):
-            piece = ids[:, place : place + 1]
-            output = model(input_ids=piece, past_key_values=cache, use_cache=True, **keep_logits(model, 1))
-            cache = output.past_key_values
-            output.logits.argmax().item()  # waits for a GPU, as an answer does
+            decoder.step(ids[:, place : place + 1]).argmax().item()  # waits for a GPU, as an answer does
     return (time.perf_counter() - started) / behind
 
 

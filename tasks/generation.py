@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from halobench.surgery.engine import DecodeEngine, NotTakenOverError, refusal
+from halobench.tasks.decoder import Decoder
 from halobench.tasks.scoring import (
     LOGIT_ELEMENTS,
     TokenCount,
     check_context,
     check_finite,
-    chunk_sizes,
     copy_cache,
     evaluating,
-    keep_logits,
-    prefill,
     token_logprobs,
 )
 
@@ -69,7 +66,6 @@ def generate(
     batch_tokens: int = 16384,
     chunk: int = 4096,
     device: str | torch.device | None = None,
-    kernels: str | None = None,
     ran: dict[str, str] | None = None,
 ) -> list[Generation]:
     """Greedy answers of at most `most` tokens, in the order of the prompts.
@@ -82,7 +78,6 @@ def generate(
             reading of the prompt, but a copy of the model's state behind it.
         chunk: tokens of a prompt read in one forward.
         device: where inputs go; the model's own by default.
-        kernels: of the decode engine, see `DecodeEngine`. A model that it cannot run answers by plain forwards.
         ran: filled with what really ran: the engine's backends, or under "engine" why it did not.
 
     Raises:
@@ -99,12 +94,12 @@ def generate(
             ids = torch.as_tensor(np.asarray([prompts[i] for i in group]), device=torch.device(device or model.device))
             given = [references[i] for i in group] if references is not None else None
             room = max([most, *map(len, given or ())])
-            reader = _Reader(model, ids.shape[1] + room, kernels)
+            decoder = Decoder(model, ids.shape[1] + room)
             with TokenCount(model) as count:
-                reader.read(ids, chunk)
-            answers = _answer(model, reader, count.tokens, most, frozenset(stop), _ended(finished, group), given)
+                decoder.read(ids, chunk)
+            answers = _answer(model, decoder, count.tokens, most, frozenset(stop), _ended(finished, group), given)
             if ran is not None:
-                ran.update(reader.backends)
+                ran.update(decoder.backends)
             made.update(zip(group, answers, strict=True))
     return [made[i] for i in range(len(prompts))]
 
@@ -131,65 +126,24 @@ def _batches(
         yield from (members[i : i + size] for i in range(0, len(members), size))
 
 
-class _Reader:
-    """Reads a batch of prompts, and the steps behind them: the engine's, or plain forwards where it refuses.
-
-    room: tokens of a prompt and its answer.
-    """
-
-    rows: int
-    cache: Any
-    logits_BV: torch.Tensor  # at the prompts' last position
-
-    def __init__(self, model: PreTrainedModel, room: int, kernels: str | None) -> None:
-        self.model, self.room, self._refused = model, room, refusal(model)
-        if self._refused is None:
-            self._engine = DecodeEngine(model, room=room, kernels=kernels)
-
-    def read(self, ids_BT: torch.Tensor, chunk: int) -> None:
-        """The prompts, in pieces of `chunk` tokens."""
-        self.rows, length = ids_BT.shape
-        if self._refused is None:
-            self.logits_BV = self._engine.prefill(ids_BT, chunk_sizes(self.model, self.rows, length, chunk))
-            self.cache = self._engine.cache
-        else:
-            self.cache, self.logits_BV = prefill(self.model, ids_BT, chunk, room=self.room - length)
-
-    def step(self, ids_B1: torch.Tensor) -> torch.Tensor:
-        """Reads a token a row; the logits behind it."""
-        if self._refused is None:
-            try:
-                return self._engine.step(ids_B1)
-            except NotTakenOverError as error:  # before anything was changed
-                self._refused = str(error)
-        output = self.model(input_ids=ids_B1, past_key_values=self.cache, use_cache=True, **keep_logits(self.model, 1))
-        self.cache = output.past_key_values
-        return output.logits[:, -1]
-
-    @property
-    def backends(self) -> dict[str, str]:
-        """What ran, or why the engine did not."""
-        return self._engine.backends if self._refused is None else {"engine": f"no: {self._refused}"}
-
-
 def _answer(
     model: PreTrainedModel,
-    reader: _Reader,
+    decoder: Decoder,
     tokens: int,
     most: int,
     stop: frozenset[int],
     ended: Finished,
     references: Sequence[Sequence[int]] | None,
 ) -> list[Generation]:
-    """The answers behind `tokens` tokens of prompts that `reader` has read."""
-    rows = reader.rows
+    """The answers behind `tokens` tokens of prompts that `decoder` has read."""
+    rows = len(decoder.logits_BV)
     prompt_tokens = tokens // rows
     logprobs: list[float | None] = [None] * rows
     extra = [0] * rows
     if references is not None:
-        logprobs = list(_logprobs(model, copy_cache(reader.cache), reader.logits_BV, references))
+        logprobs = list(_logprobs(model, copy_cache(decoder.cache), decoder.logits_BV, references))
         extra = [len(reference) - 1 for reference in references]
-    answers, given_back = _decode(reader.step, reader.logits_BV, most, stop, ended)
+    answers, given_back = _decode(decoder.step, decoder.logits_BV, most, stop, ended)
     return [
         Generation(
             tokens=answers[row],

@@ -20,7 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from halobench.errors import HalobenchError, UserError
-from halobench.tasks.scoring import Prompt, Tail, check_context, check_finite, keep_logits, score_prompts
+from halobench.surgery.heads import keep_logits
+from halobench.tasks.scoring import Prompt, Tail, check_context, check_finite, score_prompts
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

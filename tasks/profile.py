@@ -20,13 +20,13 @@ from halobench.errors import is_out_of_memory
 from halobench.mixers.cache import HybridCache
 from halobench.progress import say
 from halobench.records import Metric
-from halobench.surgery.engine import DecodeEngine, NotTakenOverError, refusal
 from halobench.surgery.hybrid import backends_of
+from halobench.tasks.decoder import Decoder
 from halobench.tasks.kernels_seen import attention_kernels
 from halobench.tasks.machine import wait_for
 from halobench.tasks.memory import peak, reset_peak
 from halobench.tasks.paired import Ratio, paired_ratio
-from halobench.tasks.scoring import check_context, chunk_sizes, evaluating, prefill
+from halobench.tasks.scoring import check_context, evaluating
 from halobench.tasks.statistics import median_stderr
 from halobench.units import format_bytes, format_length
 
@@ -169,38 +169,8 @@ def profile_model(
     """
     rounds = Rounds(new_tokens=new_tokens, repeats=repeats, chunk=chunk)
     named = [(name or type(model).__name__, model)]
-    return [rows[0] for rows in profile_together(named, contexts, batch=batch, rounds=rounds)]
-
-
-def profile_pair(
-    teacher: PreTrainedModel,
-    hybrid: PreTrainedModel,
-    contexts: Sequence[int],
-    *,
-    batch: int = 1,
-    new_tokens: int = 16,
-    repeats: int = 3,
-    chunk: int = CHUNK,
-    names: tuple[str, str] = ("teacher", "hybrid"),
-) -> list[PairRow]:
-    """Both models in one process, round by round in turns; see `profile_model`."""
-    rounds = Rounds(new_tokens=new_tokens, repeats=repeats, chunk=chunk)
-    models = list(zip(names, (teacher, hybrid), strict=True))
-    return [pair_of(*rows) for rows in profile_together(models, contexts, batch=batch, rounds=rounds)]
-
-
-def profile_together(
-    models: Sequence[tuple[str, PreTrainedModel]],
-    contexts: Sequence[int],
-    *,
-    batch: int = 1,
-    rounds: Rounds | None = None,
-) -> list[list[ProfileRow]]:
-    """Named models in one process, round by round in turns: for each context, ascending, a row a model."""
-    rounds = rounds or Rounds()
-    for _, model in models:
-        check_context(model, max(contexts) + rounds.new_tokens)
-    return [profile_at(models, context, batch=batch, rounds=rounds) for context in sorted(contexts)]
+    check_context(model, max(contexts) + new_tokens)
+    return [profile_at(named, context, batch=batch, rounds=rounds)[0] for context in sorted(contexts)]
 
 
 def profile_at(
@@ -279,9 +249,10 @@ def _warm_up(model: PreTrainedModel, result: _Measured, ids: torch.Tensor, chunk
     short = ids[:, : min(ids.shape[1], _WARM_TOKENS)]
     piece = short.shape[1] if ids.shape[1] <= chunk else -(-short.shape[1] // 2)
     with attention_kernels() as reading:
-        decoder = _Decoder(model, short, piece, room=2, replay=False)
+        decoder = Decoder(model, short.shape[1] + 2, replay=False)
+        decoder.read(short, piece)
     with attention_kernels() as decoding:
-        decoder.step()
+        decoder.step(decoder.token)
     result.kernels = {"prefill": sorted(reading), "decode": sorted(decoding)}
     trial = _Measured()
     _prefill_and_decode(model, short, 1, chunk, trial)
@@ -292,7 +263,9 @@ def _warm_up(model: PreTrainedModel, result: _Measured, ids: torch.Tensor, chunk
 def _prefill_and_decode(model: PreTrainedModel, ids: torch.Tensor, steps: int, chunk: int, result: _Measured) -> None:
     wait_for(model.device)
     started = time.perf_counter()
-    decoder = _Decoder(model, ids, chunk, room=steps)
+    decoder = Decoder(model, ids.shape[1] + steps)
+    decoder.read(ids, chunk)
+    token = decoder.token
     wait_for(model.device)
     result.ttft.append(time.perf_counter() - started)
     result.cache = cache_sizes(decoder.cache, ids.shape[1])
@@ -300,49 +273,11 @@ def _prefill_and_decode(model: PreTrainedModel, ids: torch.Tensor, steps: int, c
     decoder.prepare()
     for _ in range(steps):
         started = time.perf_counter()
-        decoder.step()
+        decoder.step(token)
+        token = decoder.token
         wait_for(model.device)
         result.steps[-1].append(time.perf_counter() - started)
     result.decode = decoder.backends
-
-
-class _Decoder:
-    """A prompt that was read, and greedy steps behind it: the decode engine's, or plain forwards where it refuses."""
-
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, chunk: int, room: int, replay: bool = True) -> None:
-        self._model, self._refused = model, refusal(model)
-        if self._refused is None:
-            self._engine = DecodeEngine(model, room=ids.shape[1] + room, replay=replay)
-            logits = self._engine.prefill(ids, chunk_sizes(model, ids.shape[0], ids.shape[1], chunk))
-            self.cache: Any = self._engine.cache
-        else:
-            self.cache, logits = prefill(model, ids, chunk, room=room)
-        self._token = logits.argmax(-1, keepdim=True)
-
-    def prepare(self) -> None:
-        """What is done once before steps are replayed."""
-        if self._refused is None:
-            try:
-                self._engine.prepare(self._token)
-            except NotTakenOverError as error:  # before anything was changed
-                self._refused = str(error)
-
-    def step(self) -> None:
-        """Reads the token chosen last and chooses the next."""
-        if self._refused is None:
-            try:
-                self._engine.step(self._token)
-                self._token = self._engine.token
-                return
-            except NotTakenOverError as error:
-                self._refused = str(error)
-        output = self._model(input_ids=self._token, past_key_values=self.cache, use_cache=True)
-        self.cache, self._token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-
-    @property
-    def backends(self) -> dict[str, str]:
-        """What ran, or why the engine did not."""
-        return self._engine.backends if self._refused is None else {"engine": f"no: {self._refused}"}
 
 
 def cache_sizes(cache: Any, context: int) -> tuple[int, int, int]:

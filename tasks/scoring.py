@@ -10,7 +10,6 @@ an lm-eval item. RULER's samples and texts for perplexity have nothing in common
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from halobench.errors import HalobenchError, UserError
 from halobench.mixers.cache import HybridCache
 from halobench.surgery.anatomy import evaluating as evaluation_mode
 from halobench.surgery.engine import hears_steps
+from halobench.surgery.heads import keep_logits
 from halobench.surgery.hybrid import HybridForCausalLM
 from halobench.surgery.plan import KEEP
 
@@ -143,11 +143,6 @@ def check_context(model: PreTrainedModel, length: int) -> None:
             f"{model.config.get_text_config(decoder=True).model_type} has a table of {limit} positions and cannot read "
             f"{length} tokens; choose lengths up to {limit}"
         )
-
-
-def keep_logits(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """The argument that limits logits to the last `count` positions, for models that know it."""
-    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def start_cache(model: PreTrainedModel, room: int) -> Any:

@@ -138,12 +138,12 @@ def test_an_answer_that_has_everything_ends_and_counts_in_full(reader, bpe) -> N
 
 
 def test_a_prompt_that_was_not_read_whole_is_counted(reader, bpe, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from halobench.tasks import generation
+    from halobench.tasks import decoder
 
     task = make_ruler_task("niah_single_1", bpe, seed=0)
-    monkeypatch.setattr(generation, "refusal", lambda model: "another reads the prompt here")
+    monkeypatch.setattr(decoder, "refusal", lambda model: "another reads the prompt here")
     monkeypatch.setattr(
-        generation, "prefill", lambda model, ids, chunk, room: prefill(model, ids[:, 20:], chunk, room=room)
+        decoder, "prefill", lambda model, ids, chunk, room: prefill(model, ids[:, 20:], chunk, room=room)
     )
     from halobench.tasks.scoring import prefill
 

@@ -10,7 +10,7 @@ import torch
 from halobench.errors import UserError
 from halobench.tasks import profile
 from halobench.tasks.memory import peak, reset_peak
-from halobench.tasks.profile import Rounds, pair_of, profile_at, profile_metrics, profile_model, profile_pair
+from halobench.tasks.profile import Rounds, pair_of, profile_at, profile_metrics, profile_model
 
 
 def test_rows_are_sane(teacher) -> None:  # type: ignore[no-untyped-def]
@@ -59,7 +59,8 @@ def test_another_failure_is_not_called_out_of_memory(teacher, monkeypatch) -> No
 
 def test_two_models_are_measured_in_turns_with_ratios(teacher, pico) -> None:  # type: ignore[no-untyped-def]
     larger = pico(num_hidden_layers=12)
-    (row,) = profile_pair(larger, teacher, [128], new_tokens=8, repeats=3)
+    rounds = Rounds(new_tokens=8, repeats=3)
+    row = pair_of(*profile_at([("teacher", larger), ("hybrid", teacher)], 128, batch=1, rounds=rounds))
     assert row.cache_ratio == pytest.approx(3.0)
     assert row.tpot.value > 1.2 and row.prefill.value > 0 and row.tpot.low < row.tpot.value < row.tpot.high
     assert (row.teacher.model, row.hybrid.model) == ("teacher", "hybrid")

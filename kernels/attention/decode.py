@@ -16,30 +16,30 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from halobench.errors import unknown_name
 from halobench.kernels.attention.softmax import attend_where
 from halobench.kernels.backend import choose, explain
 
-DECODE_FORMS = ("auto", "torch", "triton")
 
-
-def decode_form(requested: str, like: Tensor, head: int | None = None) -> tuple[str, str]:
-    """("triton" or "torch", why) for tensors like this one.
+def decode_form(requested: str, like: Tensor, head: int | None = None) -> str:
+    """ "triton" or "torch" for tensors like this one.
 
     Args:
-        requested: one of DECODE_FORMS; "naive" and "fla" have no form of their own here and are "torch" and "auto".
+        requested: one of `kernels.backend.BACKENDS`; "naive" and "fla" have no form of their own here and are "torch"
+            and "auto".
         head: size of a head; by default the last size of `like`.
 
     Raises:
         UserError: an unknown name, or "triton" where it cannot run.
     """
     requested = {"naive": "torch", "fla": "auto"}.get(requested, requested)
-    if requested not in DECODE_FORMS:
-        raise unknown_name("backend", requested, DECODE_FORMS)
-    form = choose("decode_attention", requested, like, head)
-    if requested != "auto":
-        return form, "asked for"
-    return form, explain("decode_attention", like, head).partition("(")[2].removesuffix(")")
+    return choose("decode_attention", requested, like, head)
+
+
+def explain_decode(requested: str, like: Tensor, head: int | None = None) -> str:
+    """`decode_form` with its reason, in one line."""
+    if requested in ("auto", "fla"):
+        return explain("decode_attention", like, head)
+    return f"{decode_form(requested, like, head)} (asked for)"
 
 
 def decode_attention(
@@ -63,10 +63,9 @@ def decode_attention(
         scale: factor on the scores before the softmax.
         soft_cap: scores become cap * tanh(score / cap).
         sinks_H: a score for each head that joins the softmax's denominator and carries no value.
-        backend: one of DECODE_FORMS.
+        backend: as in `decode_form`.
     """
-    form, _ = decode_form(backend, q_BHK)
-    if form == "triton":
+    if decode_form(backend, q_BHK) == "triton":
         kernels = importlib.import_module("halobench.kernels.attention.decode_triton")
         return kernels.decode_attention_triton(
             q_BHK, k_BJRK, v_BJRV, lengths_B, scale=scale, soft_cap=soft_cap, sinks_H=sinks_H

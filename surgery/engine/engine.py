@@ -7,7 +7,6 @@ the text grows: as a CUDA graph on a GPU, as a list of operations on a CPU. `bac
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halobench.errors import UserError
-from halobench.kernels.attention.decode import decode_form
+from halobench.errors import UserError, reason_of
+from halobench.kernels.attention.decode import decode_form, explain_decode
 from halobench.mixers.cache import HybridCache, Steps
 from halobench.mixers.contract import MixerContext
 from halobench.mixers.linear import LinearMixer
@@ -24,8 +23,9 @@ from halobench.mixers.softmax import AttentionMixer
 from halobench.surgery.anatomy import attention_modules, source_windows
 from halobench.surgery.batch import carrying
 from halobench.surgery.engine.attention import NotTakenOverError, asks_the_interface, decoding
-from halobench.surgery.engine.graph import capture
+from halobench.surgery.engine.graph import capture, put_back
 from halobench.surgery.engine.tape import Tape, UnfitError
+from halobench.surgery.heads import keep_logits
 from halobench.surgery.hybrid import HybridForCausalLM, MixerAdapter
 
 SAME = 64  # what is replayed may be so many rounding errors of its dtype away from the model's own,
@@ -116,10 +116,9 @@ class DecodeEngine:
         """
         self._require(ids_BT.shape[1])
         self.release()
-        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        given, last = {"logits_to_keep": 1} if keeps else {}, None
+        last = None
         for piece in ids_BT.split(list(sizes) if sizes is not None else ids_BT.shape[1], dim=1):
-            last = self.model(input_ids=piece, past_key_values=self.cache, use_cache=True, **given)
+            last = self.model(input_ids=piece, past_key_values=self.cache, use_cache=True, **keep_logits(self.model, 1))
         if last is None:
             raise ValueError("there is nothing to read: the prompt has no tokens")
         return last.logits[:, -1]
@@ -196,28 +195,16 @@ class DecodeEngine:
             ]
             before, counts = [tensor.clone() for tensor in written], [(layer.length, layer.held) for layer in layers]
             self._run()
-            _put_back(written, before)
+            put_back(written, before)
             if self._trial is None or self.cache.get_seq_length() + 1 >= self.room:
                 return
             # At another place than it was noted at, or nobody would see what Python counts.
             self.cache.advance()
             self._written()[1].add_(1)
             self._run()
-            _put_back(written, before)
+            put_back(written, before)
             for layer, (length, held) in zip(layers, counts, strict=True):
                 layer.length, layer.held = length, held
-
-    @torch.no_grad()
-    def greedy(self, ids_B1: Tensor, count: int) -> Tensor:
-        """Reads a token a row and then the most likely ones; the `count` tokens chosen, (B, count).
-
-        Nothing is brought to the host between steps.
-        """
-        chosen = torch.empty(ids_B1.shape[0], count, dtype=torch.int64, device=ids_B1.device)
-        for index in range(count):
-            self.step(ids_B1 if index == 0 else self.token)
-            chosen[:, index] = self._token[:, 0]
-        return chosen
 
     def _ready(self) -> bool:
         """Whether the cache is as the last step left it and may be written as the noted step does."""
@@ -284,7 +271,7 @@ class DecodeEngine:
                 self.backends["replay"] = said
                 self._attend_all()
         except Exception:
-            _put_back(self._written(), before)
+            put_back(self._written(), before)
             self.release()
             raise
         self._begun = True
@@ -297,7 +284,7 @@ class DecodeEngine:
                 self._attend_all()
             self._trial, self.backends["replay"] = tape, "operations"
         except UnfitError as error:
-            _put_back(self._written(), before)
+            put_back(self._written(), before)
             self.backends["replay"] = f"no: {error}"
             self._attend_all()
 
@@ -310,14 +297,12 @@ class DecodeEngine:
             trial.replay()
             replayed = [tensor.clone() for tensor in (self._logits, *self._written()[1:])]
         except Exception as error:  # of an operation that does not take what it was noted with
-            failed = f"no: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        _put_back(self._written(), before)
+            failed = f"no: {reason_of(error)}"
+        put_back(self._written(), before)
         self._attend_all()
         own = (self._logits, *self._written()[1:])
-        apart = [
-            float((a - b).abs().max() / b.abs().max()) for a, b in zip(replayed, own, strict=False) if not _same(a, b)
-        ]
-        if failed or apart:
+        apart = [_apart(a, b) for a, b in zip(replayed, own, strict=not failed)]
+        if failed or any(apart):
             self.backends["replay"] = failed or f"no: what was replayed was {max(apart):.0e} apart from the model's"
         else:
             self._replayed = trial
@@ -346,10 +331,9 @@ class DecodeEngine:
     def _forms(self) -> dict[str, str]:
         """What attends and what steps the recurrences, with the reasons."""
         weight, head = self._like()
-        form, why = decode_form(self.kernels, weight, head)
-        found = (
-            {"attention": f"{'triton split-kv' if form == 'triton' else 'torch'} ({why})"} if self._attending else {}
-        )
+        found = {}
+        if self._attending:
+            found["attention"] = explain_decode(self.kernels, weight, head).replace("triton", "triton split-kv", 1)
         steps: dict[str, list[int]] = {}
         for layer, mixer in self._mixers.items():
             if isinstance(mixer, LinearMixer):
@@ -379,16 +363,10 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _put_back(tensors: Iterable[Tensor], before: Iterable[Tensor]) -> None:
-    for tensor, then in zip(tensors, before, strict=True):
-        tensor.copy_(then)
-
-
-def _same(replayed: Tensor, own: Tensor) -> bool:
-    """Whether two results are equal but for rounding."""
+def _apart(replayed: Tensor, own: Tensor) -> float:
+    """How far two results are apart for the largest number of them; 0 where that is rounding."""
     if torch.equal(replayed, own):
-        return True
-    if not own.is_floating_point():
-        return False
+        return 0.0
     apart = float((replayed - own).abs().max() / own.abs().max())
-    return apart <= min(SAME * torch.finfo(own.dtype).eps, MOST)
+    rounding = own.is_floating_point() and apart <= min(SAME * torch.finfo(own.dtype).eps, MOST)
+    return 0.0 if rounding else apart

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from halobench.errors import reason_of
 
 
 def capture(work: Callable[[], None], written: Sequence[Tensor], device: torch.device) -> tuple[Any, str]:
@@ -22,20 +24,15 @@ def capture(work: Callable[[], None], written: Sequence[Tensor], device: torch.d
     if device.type != "cuda":
         return None, f"no: the model is on {device.type}"
     before = [tensor.clone() for tensor in written]
-
-    def restore() -> None:
-        for tensor, then in zip(written, before, strict=True):
-            tensor.copy_(then)
-
     try:
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             work()
-            restore()
+            put_back(written, before)
             with _waits_are_errors():
                 work()
-            restore()
+            put_back(written, before)
         torch.cuda.current_stream(device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side):
@@ -45,8 +42,14 @@ def capture(work: Callable[[], None], written: Sequence[Tensor], device: torch.d
         raise
     except Exception as error:  # whatever the model's code does that a graph cannot hold
         torch.cuda.synchronize(device)
-        restore()
-        return None, f"no: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        put_back(written, before)
+        return None, f"no: {reason_of(error)}"
+
+
+def put_back(tensors: Iterable[Tensor], before: Iterable[Tensor]) -> None:
+    """Gives tensors the numbers that copies of them have."""
+    for tensor, then in zip(tensors, before, strict=True):
+        tensor.copy_(then)
 
 
 @contextmanager
