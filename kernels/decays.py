@@ -30,6 +30,9 @@ from halobench.kernels.triangular import half_blocks
 # The largest decay (log) over a chunk whose inverse is taken: exp(20) leaves fp32 room for any product, and a sum of
 # decays of this size is rounded to 1e-6, which is what the token loop loses in as many products.
 MILD = 20.0
+# Decays (log) below these leave nothing that the dtype holds beside a token's own values: exp(-40) is 4e-18 and
+# exp(-80) 2e-35. Far lower ones would take the digits of the sums that they are part of, and -inf would make them NaN.
+LOWEST = {torch.float32: -40.0, torch.float64: -80.0}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,8 +58,9 @@ def decayed_pairs(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CD: Tensor) -
     looked_at = log_decay_CD.device.type == "cpu" and rows_RCK.dtype != torch.float16  # exp(MILD) overflows in fp16
     if looked_at and bool(log_decay_CD.detach().sum(-2).amin() > -MILD):
         return _pairs_where_mild(rows_RCK, columns_SCK, log_decay_CD)
-    pairs = _pairs_by_halves if log_decay_CD.shape[-1] > 1 else _pairs_of_one_decay
-    return pairs(rows_RCK, columns_SCK, log_decay_CD)
+    if log_decay_CD.shape[-1] > 1:
+        return _pairs_by_halves(rows_RCK, columns_SCK, log_decay_CD)
+    return _pairs_of_one_decay(rows_RCK, columns_SCK, bounded_decay(log_decay_CD, log_decay_CD.dtype))
 
 
 def _pairs_where_mild(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CD: Tensor) -> Pairs:
@@ -75,7 +79,7 @@ def _pairs_where_mild(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CD: Tenso
 
 
 def _pairs_of_one_decay(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_C1: Tensor) -> Pairs:
-    """Any decay of all channels: the exponentials stand outside the sum over channels."""
+    """A bounded decay of all channels: the exponentials stand outside the sum over channels."""
     b_C = log_decay_C1.squeeze(-1).cumsum(-1)
     after_C = F.pad(log_decay_C1.squeeze(-1)[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1)
     products = _products(rows_RCK, columns_SCK)
@@ -104,6 +108,11 @@ def _pairs_by_halves(rows_RCK: Tensor, columns_SCK: Tensor, log_decay_CK: Tensor
         to_end_SCK=(columns_SCK * to_end[:, :, None]).to(columns_SCK.dtype),
         whole_D1=log_decay_CK.sum(-2).exp()[..., None],
     )
+
+
+def bounded_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """The log decay in fp32 or fp64, no lower than matters there; the gradient is zero below."""
+    return log_decay.to(dtype).clamp(min=LOWEST[dtype])
 
 
 def lower_exp(sums_L: Tensor) -> Tensor:

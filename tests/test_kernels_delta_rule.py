@@ -117,6 +117,18 @@ def test_extreme_decays_are_exact_forward_and_backward_in_float32() -> None:
         assert (a.double() - b).norm() < 1e-4 * b.norm()
 
 
+@pytest.mark.parametrize("lowest", [-200.0, -1e3, -1e6, -torch.inf])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_tokens_that_forget_everything_leave_the_others_exact(lowest: float, decay: str) -> None:
+    given = inputs(150, decay)
+    assert given[4] is not None
+    given[4][:, 3::8] = lowest
+    expected = values_and_gradients(delta_rule_naive, given)
+    got = values_and_gradients(delta_rule_chunked, [x.float() for x in given])
+    for a, b in zip(got, expected, strict=True):
+        assert (a.double() - b).norm() < 5e-5 * b.norm()
+
+
 @pytest.mark.parametrize("whole", [0.9 * MILD, 1.1 * MILD])
 def test_decays_on_either_side_of_mild_are_exact_forward_and_backward_in_float32(whole: float) -> None:
     g = (-whole / 16 * draw(70, K, seed=6).sigmoid()).clamp(min=-whole / 32)  # most at the floor, 32 tokens a chunk

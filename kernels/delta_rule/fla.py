@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from halobench.kernels.backend import compute_dtype, fla_ops
+from halobench.kernels.decays import bounded_decay
 
 
 def delta_rule_fla(
@@ -42,8 +43,9 @@ def delta_rule_fla(
         log_decay = torch.zeros_like(beta_BTH)
     if log_decay is None:
         o_BTHV, state_BHKV = fla_ops("delta_rule").chunk_delta_rule(**arguments)
-    elif log_decay.ndim == 3:
-        o_BTHV, state_BHKV = fla_ops("gated_delta_rule").chunk_gated_delta_rule(g=log_decay.float(), **arguments)
+    elif log_decay.ndim == 3:  # which it sums up, as ours does
+        gated = fla_ops("gated_delta_rule").chunk_gated_delta_rule
+        o_BTHV, state_BHKV = gated(g=bounded_decay(log_decay, torch.float32), **arguments)
     else:
         o_BTHV, state_BHKV = fla_ops("kda").chunk_kda(g=log_decay.float(), **arguments)
     return o_BTHV.to(q_BTHK.dtype), state_BHKV

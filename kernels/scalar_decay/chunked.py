@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halobench.kernels.chunks import chunks_in_cache, in_chunks, superblocks, without_autocast
-from halobench.kernels.decays import lower_exp
-from halobench.kernels.scalar_decay.inputs import bounded_decay, starting_state
+from halobench.kernels.decays import bounded_decay, lower_exp
+from halobench.kernels.scalar_decay.inputs import starting_state
 
 
 def scalar_decay_chunked(

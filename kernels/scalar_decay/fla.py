@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halobench.kernels.backend import compute_dtype, fla_ops
-from halobench.kernels.scalar_decay.inputs import bounded_decay
+from halobench.kernels.decays import bounded_decay
 
 
 def scalar_decay_fla(

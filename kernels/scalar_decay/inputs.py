@@ -1,4 +1,4 @@
-"""What all forms of the operator make of their inputs: the state at the start, decays within bounds."""
+"""The state that all forms of the operator start from."""
 
 from __future__ import annotations
 
@@ -6,15 +6,6 @@ import torch
 from torch import Tensor
 
 from halobench.kernels.chunks import zero_state
-
-# Decays (log) below these leave nothing that the dtype holds beside a token's own values: exp(-40) is 4e-18 and
-# exp(-80) 2e-35. Far lower ones would take the digits of the sums that they are part of, and -inf would make them NaN.
-LOWEST = {torch.float32: -40.0, torch.float64: -80.0}
-
-
-def bounded_decay(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """The log decay in fp32 or fp64, no lower than matters there; the gradient is zero below."""
-    return log_decay.to(dtype).clamp(min=LOWEST[dtype])
 
 
 def starting_state(k_BTHK: Tensor, v_BTHV: Tensor, given_BHKV: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from halobench.kernels.aot import CompileCase
 from halobench.kernels.backend import TRITON, compute_dtype
-from halobench.kernels.scalar_decay.inputs import bounded_decay
+from halobench.kernels.decays import bounded_decay
 from halobench.kernels.scalar_decay.triton_backward import decay_gradients, key_value_gradients, query_gradients
 from halobench.kernels.scalar_decay.triton_forward import outputs, segment_scan, segment_sums
 
