@@ -35,12 +35,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; what is left out depends on the device."""
     parser = script_parser(__doc__)
     parser.add_argument("--kernels", default="auto", choices=("auto", "torch", "triton", "fla"))
-    parser.add_argument("--lengths", help="tokens: 1k to 32k on a CPU, 4k to 512k on a GPU")
+    parser.add_argument("--lengths", help="tokens: 1k to 16k on a CPU, 4k to 512k on a GPU")
     parser.add_argument("--teacher-up-to", default="512k", help="longest prompt of the teacher")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="of a length, after which no further round begins")
     found = parse_pair(parser, given)
-    found.lengths = found.lengths or ("1k,2k,4k,8k,16k,32k" if found.device == "cpu" else "4k,32k,128k,512k")
+    found.lengths = found.lengths or ("1k,2k,4k,8k,16k" if found.device == "cpu" else "4k,32k,128k,512k")
     return found
 
 

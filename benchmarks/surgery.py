@@ -1,45 +1,44 @@
-"""Measures the surgery room on this machine: python benchmarks/surgery.py PART..
+"""Measures the surgery room on this machine: python benchmarks/surgery.py PART.. [-o FOLDER]
 
-Parts: mixers, transplant, alignment.
-
-Each part writes benchmarks/surgery/PART.json: medians of alternating repeats in one process, with versions and machine.
-Only ratios within a record mean anything; machines differ, and so do their days.
+Each part (mixers, transplant, alignment) writes benchmarks/surgery/PART.json, or FOLDER/PART.json, with versions and
+machine. Only ratios within a record mean anything; machines differ, and so do their days.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halobench.benchmarking import in_turns
+from halobench.benchmarking import in_turns, plain
 from halobench.files import write_json
 from halobench.provenance import command_line, environment, now
 
 HERE = Path(__file__).resolve().parent / "surgery"
-HEADS, SIZE = 8, 64
+SHAPES = ((4, 32), (8, 64))  # heads x size
 
 
-def mixers() -> dict[str, Any]:
-    """Every mixer's recurrence and gates in chunks against its definition token by token, 4096 tokens, forward."""
-    rows = [row for heads, size in ((4, 32), (HEADS, SIZE)) for row in _forms(heads, size)]
-    return {"tokens": 4096, "dtype": "float32", "rows": rows}
+def mixers(tokens: int = 4096) -> dict[str, Any]:
+    """Every mixer's recurrence and gates in chunks against its definition token by token, forward, in turns."""
+    rows = [row for heads, size in SHAPES for row in _forms(heads, size, tokens)]
+    return {"tokens": tokens, "dtype": "float32", "rows": rows}
 
 
-def _forms(heads: int, size: int) -> list[dict[str, Any]]:
+def _forms(heads: int, size: int, tokens: int) -> list[dict[str, Any]]:
     from halobench.mixers import MIXERS
     from halobench.mixers.conformance import Subject, example_view
     from halobench.mixers.linear import LinearMixer
 
     wide = heads * size
     weights = {name: torch.randn(wide, wide) / wide**0.5 for name in ("q_weight", "k_weight", "v_weight", "o_weight")}
-    plain = {"q_bias": None, "k_bias": None, "v_bias": None, "o_bias": None, "q_norm": None, "k_norm": None}
+    bare = {"q_bias": None, "k_bias": None, "v_bias": None, "o_bias": None, "q_norm": None, "k_norm": None}
     view = example_view(
         torch.float32, hidden_size=wide, num_heads=heads, num_kv_heads=heads, head_dim=size, rotary_dim=size,
-        scaling=size**-0.5, **weights, **plain,
+        scaling=size**-0.5, **weights, **bare,
     )  # fmt: skip
     rows = []
     for name in MIXERS.names():
@@ -47,8 +46,8 @@ def _forms(heads: int, size: int) -> list[dict[str, Any]]:
         mixer = case.build()
         if not isinstance(mixer, LinearMixer):
             continue
-        q, k, v = (torch.randn(1, 4096, heads, size) for _ in range(3))
-        inputs = (q, k, v, case.noise(1, 4096), None, None)
+        q, k, v = (torch.randn(1, tokens, heads, size) for _ in range(3))
+        inputs = (q, k, v, case.noise(1, tokens), None, None)
 
         def run(backend: str, mixer: Any = mixer, inputs: Any = inputs) -> None:
             mixer.backend = backend
@@ -89,7 +88,7 @@ def transplant() -> dict[str, Any]:
     }
 
 
-def alignment() -> dict[str, Any]:
+def alignment(tokens: int = 60_000) -> dict[str, Any]:
     """Relative error of every mixer after the same alignment of the embedded teacher, layer by layer."""
     import json
     import tempfile
@@ -97,7 +96,7 @@ def alignment() -> dict[str, Any]:
     from halobench.cli import app
     from halobench.mixers import MIXERS
 
-    tokens, rows = 60_000, []
+    rows = []
     with tempfile.TemporaryDirectory() as place, torch.enable_grad():
         for name in [name for name in MIXERS.built_in() if name not in ("softmax", "sliding_window")]:
             out = Path(place) / name
@@ -123,15 +122,24 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-PARTS = {"mixers": mixers, "transplant": transplant, "alignment": alignment}
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {"mixers": mixers, "transplant": transplant, "alignment": alignment}
+
+
+def main(given: list[str] | None = None) -> None:
+    """Measures the parts asked for, prints, and writes their records."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART")
+    parser.add_argument("--tokens", type=int, help="of mixers: 4096; of alignment, each mixer: 60000")
+    parser.add_argument("-o", "--output", type=Path, default=HERE)
+    asked = parser.parse_args(given)
+    asked.output.mkdir(exist_ok=True)
+    for name in asked.parts:
+        with torch.no_grad():
+            sized = asked.tokens is not None and name != "transplant"
+            result = PARTS[name](asked.tokens) if sized else PARTS[name]()
+        facts = {"what": PARTS[name].__doc__, "command": command_line(), "created": now(), "environment": environment()}
+        write_json(asked.output / f"{name}.json", {**facts, **result})
+
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:]
-    if not chosen or any(name not in PARTS for name in chosen):
-        raise SystemExit(f"usage: python benchmarks/surgery.py {' '.join(f'[{name}]' for name in PARTS)}")
-    for name in chosen:
-        with torch.no_grad():
-            result = PARTS[name]()
-        HERE.mkdir(exist_ok=True)
-        facts = {"what": PARTS[name].__doc__, "command": command_line(), "created": now(), "environment": environment()}
-        write_json(HERE / f"{name}.json", {**facts, **result})
+    main()

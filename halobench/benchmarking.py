@@ -27,6 +27,7 @@ from halobench.tasks.machine import wait_for
 
 Forms = Mapping[str, Callable[[], object]]
 MADE = "made from the teacher"
+LEAST = 3  # rounds, for a median that one slow moment does not make
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,8 @@ def opened(name: str, device: torch.device, dtype: torch.dtype | None = None) ->
 def in_turns(forms: Forms, device: torch.device, *, seconds: float, rounds: int) -> dict[str, Timed]:
     """Times every form once a round, each round in the other order, after a call of each to warm up.
 
-    Ends after `rounds`, or with the round in which `seconds` are spent. Running out of memory is a result.
+    Ends after `rounds`, or with the round in which `seconds` are spent, though not before LEAST rounds. Running out of
+    memory is a result.
     """
     times: dict[str, list[float]] = {name: [] for name in forms}
     failed: dict[str, str] = {}
@@ -114,7 +116,7 @@ def in_turns(forms: Forms, device: torch.device, *, seconds: float, rounds: int)
                 continue
             if turn >= 0:
                 times[name].append(spent)
-        if turn >= 0 and time.perf_counter() - begun > seconds:
+        if turn + 1 >= LEAST and time.perf_counter() - begun > seconds:
             break
     return {name: Timed(error=failed[name]) if name in failed else _timed(times[name]) for name in forms}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import re
+import shlex
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,24 @@ import pytest
 import torch
 
 from halobench.benchmarking import Timed, in_turns, ratio
+from halobench.mixers import MIXERS
 from halobench.reports.readme_speed import speed
 from halobench.tasks import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def script(name: str, out: Path, *arguments: str) -> dict[str, Any]:
-    """The record that a script writes; run in this process, which has what it imports."""
+def module_of(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    printed = io.StringIO()
+    return module
+
+
+def script(name: str, out: Path, *arguments: str) -> dict[str, Any]:
+    """The record that a script writes; run in this process, which has what it imports."""
+    module, printed = module_of(name), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setitem(machine.BUFFER, "cpu", 2**20)
         patch.setitem(machine.MATMUL, "cpu", 64)
@@ -56,6 +63,23 @@ def test_a_record_has_machine_versions_and_what_ran(records: dict[tuple[str, str
     assert operators["sdpa kernels"] == ["flash_for_cpu"]
     assert records["prefill", "cpu"]["backends"]["mixers"] == {"lightning": "torch", "softmax": "sdpa"}
     assert [row["stage"] for row in records["training", "cpu"]["rows"]] == ["align", "distil"]
+
+
+def test_every_linear_mixer_is_measured_against_its_definition(tmp_path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    module = module_of("surgery")
+    monkeypatch.setattr(module, "SHAPES", ((2, 8),))
+    module.main(["mixers", "--tokens", "70", "-o", str(tmp_path)])
+    rows = json.loads((tmp_path / "mixers.json").read_text())["rows"]
+    linear = set(MIXERS.built_in()) - {"softmax", "sliding_window"}
+    assert {row["mixer"] for row in rows} == linear and all(row["naive over torch"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("in chunks") == len(linear)
+
+
+def test_the_commands_of_the_page_are_the_scripts() -> None:
+    lines = re.findall(r"python benchmarks/(\w+)\.py (.*)", (ROOT / "docs" / "kernels.md").read_text())
+    assert len(lines) == 6
+    for name, words in lines:
+        module_of(name).arguments(shlex.split(words, comments=True))
 
 
 def test_gradients_are_measured_as_far_as_asked(records: dict[tuple[str, str], dict[str, Any]]) -> None:

@@ -2,14 +2,17 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import typer
 
 from halobench import documents
+from halobench.cli import app
 from halobench.mixers import MIXERS
 from halobench.records import find_records
 from tests.conftest import make_pico
@@ -48,6 +51,30 @@ def test_records_hold_no_place_of_a_machine() -> None:
     places = (str(ROOT), str(Path.home()), tempfile.gettempdir())
     for path in (ROOT / "benchmarks").rglob("*.json"):
         assert not any(place in path.read_text() for place in places), path
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words behind `halobench` in every command of a page."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^    (?:\S.* -m )?halobench (.*)$", text, flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_the_commands_of_the_pages_are_the_programs(page: Path) -> None:
+    for words in commands(page):
+        group = typer.main.get_command(app)
+        with group.make_context("halobench", words, resilient_parsing=True) as context:
+            name, command, rest = group.resolve_command(context, words)  # type: ignore[attr-defined]
+            command.make_context(name, rest, parent=context)  # takes every word, or fails; runs nothing
+
+
+def test_a_command_that_the_program_has_not_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("    accelerate launch --x 1 \\\n        -m halobench convert tiny --mixture gla  # so\n")
+    assert commands(page) == [["convert", "tiny", "--mixture", "gla"]]
+    with pytest.raises(Exception, match="--mixture"):
+        test_the_commands_of_the_pages_are_the_programs(page)
 
 
 def python_blocks() -> list[str]:

@@ -5,7 +5,7 @@
 The length is a tensor on the device, so that a step captured once can be replayed while the text grows. Two forms:
 split-KV kernels in Triton (decode_triton.py), and torch. On a CPU the torch form reads the length and cuts the buffers
 to it; on a GPU it masks the whole buffer, which is only for comparison. Products of matrices were measured against
-scaled_dot_product_attention there: on a CPU they are level at 64K keys and several times slower at a few hundred.
+scaled_dot_product_attention there: on a CPU they are level at 64K keys and slower at a few hundred.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One token of decoding: the state is read, decayed, written."""
+"""One token of decoding: the state is decayed, written, read."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ With b_i the decay (log) of a channel summed over the chunk up to token i:
     from before it      o_i += (q_i exp(b_i)) S_prev
     what it adds        S    = diag(exp(b_C)) S_prev + sum_j (k_j exp(b_C - b_j))^T v_j
 
-kernels/decays.py takes A without a positive exponent. Only the state is handed from chunk to chunk in a loop, and only
+kernels/decays.py takes A for any decay. Only the state is handed from chunk to chunk in a loop, and only
 superblocks of chunks are in memory at once.
 """
 

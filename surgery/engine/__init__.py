@@ -1,4 +1,4 @@
-"""Decoding at the speed of memory: one token a step on preallocated buffers, replayed as a whole where a GPU is."""
+"""Decoding at the speed of memory: one token a step on preallocated buffers, replayed as a whole."""
 
 from halobench.surgery.engine.attention import NotTakenOverError
 from halobench.surgery.engine.engine import DecodeEngine, hears_steps, refusal

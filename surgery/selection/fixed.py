@@ -34,7 +34,7 @@ class _Fixed(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Even(_Fixed):
-    """Evenly spaced layers: the last of each of `keep` equal parts (3, 7, 11, ... for a quarter), as most hybrids do.
+    """Evenly spaced layers: the last of each of `keep` equal parts (3, 7, 11, ... for a quarter).
 
     The phase matters, and papers differ in it: with stride, the layers are offset, offset + stride, ... instead.
 
@@ -106,7 +106,7 @@ class Random(_Fixed):
 
     name: ClassVar[str] = "random"
     label: ClassVar[str] = "random"
-    paper: ClassVar[str] = "https://arxiv.org/abs/2601.22156"
+    paper: ClassVar[str] = ""
 
     seed: int | None = None
 
