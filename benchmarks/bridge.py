@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from halobench.benchmarking import recorded
 from halobench.files import write_json
 from halobench.models import default_device, load, resolve
 from halobench.progress import say
-from halobench.provenance import command_line, environment, model_hash, now
+from halobench.provenance import model_hash
 from halobench.tasks.lm_eval_bridge import quiet
 from halobench.tasks.lm_eval_tasks import OFFLINE_TASK, local_task, offline_task
 from halobench.tasks.scoring import evaluating
@@ -105,8 +106,7 @@ def main() -> None:
     with quiet():
         found = measure(given)
     if given.output is not None:
-        facts = {"what": __doc__, "command": command_line(), "created": now(), "environment": environment()}
-        write_json(given.output, {**facts, **found})
+        write_json(given.output, recorded(__doc__, found))
     json.dump(found, sys.stdout)
     print()
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from halobench.benchmarking import in_turns, plain
+from halobench.benchmarking import in_turns, plain, recorded
 from halobench.files import write_json
-from halobench.provenance import command_line, environment, now
 
 HERE = Path(__file__).resolve().parent / "surgery"
 SHAPES = ((4, 32), (8, 64))  # heads x size
@@ -137,8 +136,7 @@ def main(given: list[str] | None = None) -> None:
         with torch.no_grad():
             sized = asked.tokens is not None and name != "transplant"
             result = PARTS[name](asked.tokens) if sized else PARTS[name]()
-        facts = {"what": PARTS[name].__doc__, "command": command_line(), "created": now(), "environment": environment()}
-        write_json(asked.output / f"{name}.json", {**facts, **result})
+        write_json(asked.output / f"{name}.json", recorded(PARTS[name].__doc__, result))
 
 
 if __name__ == "__main__":

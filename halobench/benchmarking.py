@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from halobench.cli.options import device_or_default
 from halobench.errors import HalobenchError, is_out_of_memory
 from halobench.files import write_json
 from halobench.models import default_device, load
@@ -78,11 +79,14 @@ def run_script(
 ) -> None:
     """Measures and leaves the record; what cannot be measured as asked is one line and exit code 1 or 2."""
     try:
-        found = measure(given)
+        device_or_default(given.device)
+        record = recorded(what, measure(given))
+        print(json.dumps(record))
+        if given.output is not None:
+            write_json(given.output, record)
     except HalobenchError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    leave(what, found, given.output)
 
 
 def opened(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -145,10 +149,6 @@ def plain(found: Mapping[str, Timed]) -> dict[str, dict[str, Any]]:
     return {name: {k: v for k, v in asdict(timed).items() if v is not None} for name, timed in found.items()}
 
 
-def leave(what: str | None, found: dict[str, Any], output: Path | None) -> None:
-    """Prints the record as one line of JSON, and writes it where a file is asked for."""
-    record = {"what": what, "command": command_line(), "created": now(), "environment": environment(), **found}
-    if output is not None:
-        write_json(output, record)
-    json.dump(record, sys.stdout)
-    print()
+def recorded(what: str | None, found: dict[str, Any]) -> dict[str, Any]:
+    """A record: what was found, with the command, the time, machine and versions."""
+    return {"what": what, "command": command_line(), "created": now(), "environment": environment(), **found}

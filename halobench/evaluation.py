@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from halobench.config import from_dict, to_dict
 from halobench.errors import UserError
-from halobench.files import read_json, write_json
+from halobench.files import make_folder, read_json, write_json
 from halobench.models import card_of, load, resolve
 from halobench.progress import say
 from halobench.provenance import file_hash, versions
@@ -173,6 +173,7 @@ class Evaluation:
         """Runs the suites that are missing and writes the record; one that has all of them already is left alone."""
         from halobench.finished import Finished, make_record
 
+        make_folder(self.path.parent)
         missing = self.missing()
         for name in self.suites:
             if name not in missing:

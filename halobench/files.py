@@ -13,6 +13,8 @@ from typing import Any
 
 from halobench.errors import HalobenchError
 
+UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
@@ -22,7 +24,7 @@ def _explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise HalobenchError(f"no space left to write {path}; free some room and run again to resume") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if error.errno in UNWRITABLE:
             raise HalobenchError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
         raise
 
@@ -57,6 +59,14 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder that long work will write to: a HalobenchError now, where it would be one at its end."""
+    with _explained(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def write_text(path: Path, text: str) -> None:

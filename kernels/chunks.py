@@ -21,10 +21,13 @@ CHUNKS_IN_SUPERBLOCK = 16
 NUMBERS_IN_SUPERBLOCK = 2**17
 
 
-def zero_state(k_BHK: Tensor, v_BHV: Tensor) -> Tensor:
-    """The empty state (B, H, K, V), in fp32 (fp64 for fp64 inputs): sums over long ranges do not survive bf16."""
-    dtype = torch.float64 if k_BHK.dtype == torch.float64 else torch.float32
-    return torch.zeros(*k_BHK.shape, v_BHV.shape[-1], dtype=dtype, device=k_BHK.device)
+def starting_state(k_BTHK: Tensor, v_BTHV: Tensor, given_BHKV: Tensor | None) -> Tensor:
+    """The given state, or zeros (B, H, K, V), in fp32 (fp64 for fp64 inputs): long sums do not survive bf16."""
+    dtype = torch.float64 if k_BTHK.dtype == torch.float64 else torch.float32
+    if given_BHKV is not None:
+        return given_BHKV.to(dtype)
+    batch, _, heads, key = k_BTHK.shape
+    return torch.zeros(batch, heads, key, v_BTHV.shape[-1], dtype=dtype, device=k_BTHK.device)
 
 
 def without_autocast(like: Tensor) -> AbstractContextManager[object]:

@@ -37,7 +37,7 @@ class Decoder:
             self._engine = DecodeEngine(model, room=room, replay=replay)
 
     def read(self, ids_BT: torch.Tensor, chunk: int) -> torch.Tensor:
-        """Reads prompts in pieces of at most `chunk` tokens; returns `logits_BV`."""
+        """Reads prompts, once, in pieces of at most `chunk` tokens; returns `logits_BV`."""
         rows, length = ids_BT.shape
         self._token = None
         if self.refused is None:
@@ -53,7 +53,7 @@ class Decoder:
             try:
                 self._engine.prepare(self.token)
             except NotTakenOverError as error:  # before anything was changed
-                self.refused = str(error)
+                self.refused, self._token = str(error), None
 
     def step(self, ids_B1: torch.Tensor) -> torch.Tensor:
         """Reads a token a row; returns `logits_BV`, which the next step may write over."""

@@ -98,11 +98,13 @@ class SampledSuite:
                 done = request.journals.of(task, length, self._sample_settings(request, task)).read()
                 known = sum(index < count for index in done)
             together = max(1, min(GROUP_TOKENS, getattr(task, "batch_tokens", GROUP_TOKENS)) // length)
+            said = getattr(task, "answer_tokens", 0)
+            answers = -(-count // together) if said else 0
             rows.append(
                 Work(
                     suite=task.suite, task=task.name, length=length, samples=count, known=known,
                     tokens=count * task.sample_tokens(length),
-                    steps=-(-count // together) * getattr(task, "answer_tokens", 0),
+                    answers=answers, steps=answers * said,
                 )
             )  # fmt: skip
         return rows

@@ -82,6 +82,18 @@ def test_the_commands_of_the_page_are_the_scripts() -> None:
         module_of(name).arguments(shlex.split(words, comments=True))
 
 
+def test_what_cannot_be_measured_or_written_is_one_line(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    short = ["--contexts", "64", "--rounds", "1", "--seconds", "1"]
+    (tmp_path / "file").touch()
+    for words in (["--generate-up-to", "0"], ["-o", str(tmp_path / "file" / "r.json")], ["--device", "cuda"]):
+        if words == ["--device", "cuda"] and torch.cuda.is_available():
+            continue
+        with pytest.raises(SystemExit) as exit_:
+            module_of("decode").main(["--device", "cpu", *short, *words])
+        assert exit_.value.code in (1, 2)
+        assert len([line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]) == 1
+
+
 def test_gradients_are_measured_as_far_as_asked(records: dict[tuple[str, str], dict[str, Any]]) -> None:
     short, long = records["operators", "cpu"]["rows"]
     assert set(short["forward and gradients"]) == {"torch", "sdpa"} and not long["forward and gradients"]

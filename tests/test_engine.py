@@ -287,6 +287,49 @@ def test_preparing_leaves_windows_as_they_were(family) -> None:  # type: ignore[
     assert engine.backends["replay"] == "operations"
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+def test_preparing_reads_nothing_that_was_never_written(family) -> None:  # type: ignore[no-untyped-def]
+    engine, ids = DecodeEngine(make_family(family), room=40), prompt()[:, :7]
+    token = engine.prefill(ids).argmax(-1, keepdim=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        engine.prepare(token)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert engine.backends["replay"] == "operations"
+
+
+def test_preparing_where_there_is_no_room_is_refused(teacher) -> None:  # type: ignore[no-untyped-def]
+    engine = DecodeEngine(teacher, room=21)
+    token = engine.prefill(prompt()).argmax(-1, keepdim=True)
+    with pytest.raises(UserError, match="room for 21 tokens"):
+        engine.prepare(token)
+
+
+def test_a_model_that_changes_while_it_decodes_is_an_error_and_no_answer(teacher, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    engine = DecodeEngine(teacher, room=40, replay=False)
+    token = engine.prefill(prompt()).argmax(-1, keepdim=True)
+    engine.step(token)
+    monkeypatch.setattr(teacher.model.layers[1].self_attn, "forward", lambda hidden_states, **_: (hidden_states, None))
+    with pytest.raises(HalobenchError, match="changed while it decoded: read the prompt again"):
+        engine.step(token)
+
+
+@pytest.mark.parametrize("ruled_out", [-torch.inf, torch.finfo(torch.float32).min])
+def test_tokens_that_are_ruled_out_are_no_measure_of_a_replay(teacher, monkeypatch, ruled_out) -> None:  # type: ignore[no-untyped-def]
+    head, calls = teacher.lm_head.forward, []
+
+    def masked(hidden: Tensor, drift: float = 0.0) -> Tensor:
+        calls.append(1)
+        out = torch.arange(teacher.config.vocab_size) % 3 == 0
+        return (head(hidden) * (1 + drift * len(calls))).masked_fill(out, ruled_out)
+
+    monkeypatch.setattr(teacher.lm_head, "forward", masked)
+    assert engines(teacher, prompt())[1].backends["replay"] == "operations"
+    monkeypatch.setattr(teacher.lm_head, "forward", functools.partial(masked, drift=0.01))
+    assert "apart from the model's" in engines(teacher, prompt())[1].backends["replay"]
+
+
 def test_a_replay_that_fails_is_a_reason_and_no_error(teacher, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     def fail(self: Tape) -> None:
         raise TypeError("an operation does not take this")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from halobench.surgery.engine.tape import Tape, UnfitError
 
 def test_a_tape_takes_nothing_that_decides_by_numbers() -> None:
     x = torch.tensor([1.0, -1.0])
-    for work in (lambda: x.nonzero(), lambda: x[x > 0], lambda: float(x.sum()), lambda: torch.equal(x, x)):
+    asked = (lambda: x.nonzero(), lambda: x[x > 0], lambda: float(x.sum()), lambda: torch.equal(x, x))
+    for work in (*asked, lambda: x.tolist(), lambda: x.numpy(), lambda: np.asarray(x)):
         with pytest.raises(UnfitError), Tape():
             work()
 
@@ -72,6 +74,7 @@ def test_the_mean_square_of_a_norm_is_one_call_of_the_same_number(square, shape)
         lambda x: (y := x.pow(2).mean(-1, keepdim=True)) * (y + 1e-5),
         lambda x: (x.t().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt(),
         lambda x: x.bfloat16().pow(2).mean(-1, keepdim=True) + 1e-5,
+        lambda x: (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt().half() * x,
         lambda x: x.pow(2).mean(-1, keepdim=True, dtype=torch.float64) + 1e-5,
     ],
 )
@@ -83,6 +86,16 @@ def test_what_only_looks_like_a_norm_is_left_as_it_is(work) -> None:  # type: ig
     x.copy_(torch.rand(3, 5))
     tape.replay()
     assert torch.equal(out, work(x))
+
+
+@pytest.mark.parametrize("shapes", [((5,), (5,)), ((4, 5), (5,)), ((2, 3, 5), (5, 4)), ((2, 1, 0), (2, 0, 3))])
+def test_products_of_any_shape_are_replayed(shapes) -> None:  # type: ignore[no-untyped-def]
+    x, y = (torch.randn(shape) for shape in shapes)
+    with torch.inference_mode():
+        tape, out = noted(lambda x: x @ y, x)
+        x.normal_()
+        tape.replay()
+        torch.testing.assert_close(out, x @ y)
 
 
 def test_products_of_batches_are_replayed_without_their_broadcast() -> None:

@@ -306,6 +306,15 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(models, tmp_path, monkeypat
     assert haystacks_read(models[0], tmp_path) == 17
 
 
+def test_a_folder_that_cannot_be_is_said_before_anything_is_read(models, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        seen = Interrupted(patch)
+        with pytest.raises(HalobenchError, match="file/x cannot be written"):
+            evaluate_model(models[0], tmp_path / "file" / "x", REQUEST, "cpu")
+    assert seen.haystacks == 0
+
+
 def test_what_is_wrong_is_said_before_any_model_is_loaded() -> None:
     for change, message in (
         ({"precision": 0.5}, "between 0 and 0.5"),

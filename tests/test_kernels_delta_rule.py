@@ -129,6 +129,16 @@ def test_tokens_that_forget_everything_leave_the_others_exact(lowest: float, dec
         assert (a.double() - b).norm() < 5e-5 * b.norm()
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_bfloat16_initial_state_is_summed_in_fp32(decay: str) -> None:
+    given = [None if x is None else x.float() for x in inputs(40, decay)]
+    start = draw(1, K, seed=9)[:, 0, :, :, None].expand(-1, -1, -1, V).bfloat16()
+    _, last = delta_rule_chunked(*given, scale=1.0, initial_state_BHKV=start)
+    _, expected = delta_rule_naive(*given, scale=1.0, initial_state_BHKV=start.float())
+    assert last.dtype == torch.float32
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("whole", [0.9 * MILD, 1.1 * MILD])
 def test_decays_on_either_side_of_mild_are_exact_forward_and_backward_in_float32(whole: float) -> None:
     g = (-whole / 16 * draw(70, K, seed=6).sigmoid()).clamp(min=-whole / 32)  # most at the floor, 32 tokens a chunk

@@ -11,7 +11,7 @@ import pytest
 
 from halobench.config import apply_overrides, from_dict, read_yaml, to_dict
 from halobench.errors import HalobenchError, UserError, is_out_of_memory
-from halobench.files import atomic_path, read_json, write_json
+from halobench.files import atomic_path, make_folder, read_json, write_json
 from halobench.recipe import load_recipe
 from halobench.records import LedgerRow, Metric, ModelCard, RunRecord, find_records, read_record
 from halobench.registry import Registry
@@ -114,6 +114,13 @@ def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(HalobenchError, match="no space left to write .*; free some room"), atomic_path(tmp_path / "a"):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_place_that_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for make in (make_folder, lambda path: write_json(path / "a", "")):
+        with pytest.raises(HalobenchError, match="cannot be written .*; choose another folder"):
+            make(tmp_path / "file" / "folder")
 
 
 def test_damaged_json_is_named(tmp_path: Path) -> None:

@@ -252,23 +252,26 @@ def test_answers_are_timed_a_token_at_a_time(monkeypatch, reader) -> None:  # ty
     from halobench.tasks import estimate
 
     monkeypatch.setattr(estimate, "_time_prefill", lambda model, length, device: length * (1e-3 + 1e-6 * length))
-    monkeypatch.setattr(estimate, "_time_step", lambda model, length, device: 0.05)
+    monkeypatch.setattr(estimate, "_time_answer", lambda model, length, device: [0.3, 0.1, 0.05, 0.05, 0.06])
     assert measure_speed(reader, 4096).step == 0.0
     speed = measure_speed(reader, 4096, steps=True)
-    assert speed.seconds(0, 2000, 100) == pytest.approx(100 * (0.05 + 2 * 2000e-6))
-    work = Work(suite="ruler", task="vt", length=2000, samples=10, tokens=20_000, known=5, steps=200)
+    assert speed.seconds(0, 2000, 100, 4) == pytest.approx(100 * (0.05 + 2 * 2000e-6) + 4 * 0.3)
+    work = Work(suite="ruler", task="vt", length=2000, samples=10, tokens=20_000, known=5, answers=4, steps=200)
     prefill = 10_000 * (1e-3 + 2e-3)
-    assert Estimate(model="m", work=[work], speed=speed).seconds == pytest.approx(prefill + 100 * (0.05 + 4e-3))
+    assert Estimate(model="m", work=[work], speed=speed).seconds == pytest.approx(
+        prefill + 100 * (0.05 + 4e-3) + 2 * 0.3
+    )
 
 
 def test_a_step_is_timed_on_the_model_within_its_positions(pico, bpe) -> None:  # type: ignore[no-untyped-def]
     model = pico("gpt2", vocab_size=len(bpe), max_position_embeddings=64)
-    assert measure_speed(model, 64, steps=True).step > 0
+    for longest in (1, 3, 64):
+        assert measure_speed(model, longest, steps=True).step > 0
 
 
 def test_what_ruler_says_is_part_of_its_estimate(reader, bpe) -> None:  # type: ignore[no-untyped-def]
     (work,) = work_of("ruler:niah_single_1", ask(reader, bpe, [2000], limit=20))
-    assert work.steps == 3 * 128  # 20 samples, eight at a time
+    assert (work.answers, work.steps) == (3, 3 * 128)  # 20 samples, eight at a time
 
 
 def test_work_without_a_length_is_timed_too_and_a_table_of_positions_not_overrun(pico, reader, bpe) -> None:  # type: ignore[no-untyped-def]

@@ -23,8 +23,8 @@ from halobench.kernels.chunks import (
     hand_over_corrected,
     join,
     padded_superblocks,
+    starting_state,
     without_autocast,
-    zero_state,
 )
 from halobench.kernels.decays import decayed_pairs
 from halobench.kernels.triangular import unit_lower_inverse
@@ -55,7 +55,7 @@ def delta_rule_chunked(
     Returns:
         o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
     """
-    start = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    start = starting_state(k_BTHK, v_BTHV, initial_state_BHKV)
     decay_BTHD = torch.zeros_like(beta_BTH) if log_decay is None else log_decay
     if decay_BTHD.ndim == 3:
         decay_BTHD = decay_BTHD[..., None]

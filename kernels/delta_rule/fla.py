@@ -39,13 +39,14 @@ def delta_rule_fla(
         "initial_state": None if initial_state_BHKV is None else initial_state_BHKV.float(),
         "output_final_state": True,
     }
-    if log_decay is None and dtype == torch.float32:
+    if log_decay is not None:
+        log_decay = bounded_decay(log_decay, torch.float32)  # they are summed up
+    elif dtype == torch.float32:
         log_decay = torch.zeros_like(beta_BTH)
     if log_decay is None:
         o_BTHV, state_BHKV = fla_ops("delta_rule").chunk_delta_rule(**arguments)
-    elif log_decay.ndim == 3:  # which it sums up, as ours does
-        gated = fla_ops("gated_delta_rule").chunk_gated_delta_rule
-        o_BTHV, state_BHKV = gated(g=bounded_decay(log_decay, torch.float32), **arguments)
+    elif log_decay.ndim == 3:
+        o_BTHV, state_BHKV = fla_ops("gated_delta_rule").chunk_gated_delta_rule(g=log_decay, **arguments)
     else:
-        o_BTHV, state_BHKV = fla_ops("kda").chunk_kda(g=log_decay.float(), **arguments)
+        o_BTHV, state_BHKV = fla_ops("kda").chunk_kda(g=log_decay, **arguments)
     return o_BTHV.to(q_BTHK.dtype), state_BHKV

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halobench.kernels.chunks import zero_state
+from halobench.kernels.chunks import starting_state
 from halobench.kernels.delta_rule.step import delta_rule_step
 
 
@@ -30,7 +30,7 @@ def delta_rule_naive(
     Returns:
         o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
     """
-    state_BHKV = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    state_BHKV = starting_state(k_BTHK, v_BTHV, initial_state_BHKV)
     outputs = []
     for t in range(q_BTHK.shape[1]):
         decay = None if log_decay is None else log_decay[:, t]

@@ -27,8 +27,8 @@ from halobench.kernels.chunks import (
     hand_over_corrected,
     join,
     padded_superblocks,
+    starting_state,
     without_autocast,
-    zero_state,
 )
 from halobench.kernels.decays import decayed_pairs
 from halobench.kernels.triangular import unit_lower_inverse
@@ -60,7 +60,7 @@ def dplr_chunked(
     Returns:
         o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
     """
-    start = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    start = starting_state(k_BTHK, v_BTHV, initial_state_BHKV)
     inputs = q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK
     state_GKV, outputs = start.flatten(0, 1), []
     with without_autocast(q_BTHK):

@@ -5,9 +5,11 @@ Its `chunk_rwkv7` is the same call under RWKV's names (r for q, w for the log de
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from halobench.kernels.backend import compute_dtype, fla_ops
+from halobench.kernels.decays import bounded_decay
 
 
 def dplr_fla(
@@ -32,7 +34,7 @@ def dplr_fla(
         v=v_BTHV.to(dtype),
         a=a_BTHK.to(dtype),
         b=b_BTHK.to(dtype),
-        gk=log_decay_BTHK.float(),
+        gk=bounded_decay(log_decay_BTHK, torch.float32),
         scale=scale,
         initial_state=None if initial_state_BHKV is None else initial_state_BHKV.float(),
         output_final_state=True,

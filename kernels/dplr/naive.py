@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halobench.kernels.chunks import zero_state
+from halobench.kernels.chunks import starting_state
 from halobench.kernels.dplr.step import dplr_step
 
 
@@ -31,7 +31,7 @@ def dplr_naive(
     Returns:
         o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
     """
-    state_BHKV = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    state_BHKV = starting_state(k_BTHK, v_BTHV, initial_state_BHKV)
     outputs = []
     for t in range(q_BTHK.shape[1]):
         q, k, v, a, b, decay = (x[:, t] for x in (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK, log_decay_BTHK))

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from halobench.kernels.chunks import chunks_in_cache, in_chunks, superblocks, without_autocast
+from halobench.kernels.chunks import chunks_in_cache, in_chunks, starting_state, superblocks, without_autocast
 from halobench.kernels.decays import bounded_decay, lower_exp
-from halobench.kernels.scalar_decay.inputs import starting_state
 
 
 def scalar_decay_chunked(

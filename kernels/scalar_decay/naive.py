@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halobench.kernels.scalar_decay.inputs import starting_state
+from halobench.kernels.chunks import starting_state
 from halobench.kernels.scalar_decay.step import scalar_decay_step
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from halobench.kernels.backend import choose
+from halobench.kernels.chunks import starting_state
 from halobench.kernels.scalar_decay.chunked import scalar_decay_chunked
 from halobench.kernels.scalar_decay.fla import scalar_decay_fla
-from halobench.kernels.scalar_decay.inputs import starting_state
 from halobench.kernels.scalar_decay.naive import scalar_decay_naive
 from halobench.kernels.scalar_decay.step import scalar_decay_step
 

@@ -15,7 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halobench.kernels.chunks import add_product, cut, hand_over, join, padded_superblocks, without_autocast, zero_state
+from halobench.kernels.chunks import (
+    add_product,
+    cut,
+    hand_over,
+    join,
+    padded_superblocks,
+    starting_state,
+    without_autocast,
+)
 from halobench.kernels.decays import decayed_pairs
 
 
@@ -40,7 +48,7 @@ def vector_decay_chunked(
     Returns:
         o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
     """
-    start = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    start = starting_state(k_BTHK, v_BTHV, initial_state_BHKV)
     heads, dtype = q_BTHK.shape[2], q_BTHK.dtype
     state_GKV, outputs = start.flatten(0, 1), []
     with without_autocast(q_BTHK):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from halobench.kernels.backend import compute_dtype, fla_ops
+from halobench.kernels.decays import bounded_decay
 
 
 def vector_decay_fla(
@@ -25,7 +27,7 @@ def vector_decay_fla(
         q=q_BTHK.to(dtype),
         k=k_BTHK.to(dtype),
         v=v_BTHV.to(dtype),
-        g=log_decay_BTHK.float(),
+        g=bounded_decay(log_decay_BTHK, torch.float32),
         scale=scale,
         initial_state=None if initial_state_BHKV is None else initial_state_BHKV.float(),
         output_final_state=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halobench.kernels.chunks import zero_state
+from halobench.kernels.chunks import starting_state
 from halobench.kernels.vector_decay.step import vector_decay_step
 
 
@@ -28,7 +28,7 @@ def vector_decay_naive(
     Returns:
         o_BTHV in the dtype of q, and the state after the last token (fp32, or fp64 for fp64 inputs).
     """
-    state_BHKV = zero_state(k_BTHK[:, 0], v_BTHV[:, 0]) if initial_state_BHKV is None else initial_state_BHKV
+    state_BHKV = starting_state(k_BTHK, v_BTHV, initial_state_BHKV)
     outputs = []
     for t in range(q_BTHK.shape[1]):
         token = q_BTHK[:, t], k_BTHK[:, t], v_BTHV[:, t], log_decay_BTHK[:, t]

@@ -7,6 +7,7 @@ the text grows: as a CUDA graph on a GPU, as a list of operations on a CPU. `bac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halobench.errors import UserError, reason_of
+from halobench.errors import HalobenchError, UserError, reason_of
 from halobench.kernels.attention.decode import decode_form, explain_decode
 from halobench.mixers.cache import HybridCache, Steps
 from halobench.mixers.contract import MixerContext
@@ -136,6 +137,7 @@ class DecodeEngine:
             UserError: the room is used up, or `ids_B1` is not one token for each row.
             NotTakenOverError: at the first step: the model can only be decoded with plain forwards on the cache, which
                 is as it was.
+            HalobenchError: at a later step: the model does not attend to the cache any more.
         """
         self._require(1)
         rows = self.cache.batch_size
@@ -187,24 +189,24 @@ class DecodeEngine:
     @torch.no_grad()
     def prepare(self, ids_B1: Tensor) -> None:
         """Does beforehand what the first steps would: captures or notes a step and tries it. Reads no token."""
+        self._require(1)
         with _on(ids_B1.device):
             self._begin(ids_B1)
             layers, written = self.cache.layers, self._written()
-            written += [
-                x for layer in layers if layer.window and layer.is_initialized for x in (layer.keys, layer.values)
-            ]
-            before, counts = [tensor.clone() for tensor in written], [(layer.length, layer.held) for layer in layers]
+            rings = [x for layer in layers if layer.window and layer.is_initialized for x in (layer.keys, layer.values)]
+            before, held_before = ([tensor.clone() for tensor in tensors] for tensors in (written, rings))
+            counts = [(layer.length, layer.held) for layer in layers]
             self._run()
             put_back(written, before)
-            if self._trial is None or self.cache.get_seq_length() + 1 >= self.room:
-                return
-            # At another place than it was noted at, or nobody would see what Python counts.
-            self.cache.advance()
-            self._written()[1].add_(1)
-            self._run()
-            put_back(written, before)
-            for layer, (length, held) in zip(layers, counts, strict=True):
-                layer.length, layer.held = length, held
+            if self._trial is not None and self.cache.get_seq_length() + 1 < self.room:
+                # At another place than it was noted at, or nobody would see what Python counts.
+                self.cache.advance()
+                self._written()[1].add_(1)
+                self._run()
+                put_back(written, before)
+                for layer, (length, held) in zip(layers, counts, strict=True):
+                    layer.length, layer.held = length, held
+            put_back(rings, held_before)
 
     def _ready(self) -> bool:
         """Whether the cache is as the last step left it and may be written as the noted step does."""
@@ -239,10 +241,11 @@ class DecodeEngine:
             self._first()
         elif self._replayed is not None:
             self._replayed.replay()
-        elif self._trial is not None:
-            self._check()
         else:
-            self._attend_all()
+            try:
+                self._attend_all() if self._trial is None else self._check()
+            except NotTakenOverError as error:  # states are a step ahead of keys and values, or not: nobody knows
+                raise HalobenchError(f"{error}; it changed while it decoded: read the prompt again") from error
 
     def _attend_all(self) -> None:
         """The step by the model's forward; NotTakenOverError if a layer attended to something else than the cache."""
@@ -333,7 +336,8 @@ class DecodeEngine:
         weight, head = self._like()
         found = {}
         if self._attending:
-            found["attention"] = explain_decode(self.kernels, weight, head).replace("triton", "triton split-kv", 1)
+            form = explain_decode(self.kernels, weight, head)
+            found["attention"] = form.replace("triton", "triton split-kv", 1) if form.startswith("triton") else form
         steps: dict[str, list[int]] = {}
         for layer, mixer in self._mixers.items():
             if isinstance(mixer, LinearMixer):
@@ -364,9 +368,16 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _apart(replayed: Tensor, own: Tensor) -> float:
-    """How far two results are apart for the largest number of them; 0 where that is rounding."""
-    if torch.equal(replayed, own):
+    """How far two results are apart for the largest number of them; 0 where that is rounding.
+
+    The infinite and the lowest numbers, with which tokens are ruled out, must be the same and are no measure.
+    """
+    unlike = replayed != own
+    if not bool(unlike.any()):
         return 0.0
-    apart = float((replayed - own).abs().max() / own.abs().max())
-    rounding = own.is_floating_point() and apart <= min(SAME * torch.finfo(own.dtype).eps, MOST)
-    return 0.0 if rounding else apart
+    if not own.is_floating_point():
+        return math.inf
+    size = own.abs()
+    largest = size[size < torch.finfo(own.dtype).max / 2].amax() if own.numel() else size.sum()
+    apart = float((replayed - own)[unlike].abs().amax() / largest)
+    return 0.0 if apart <= min(SAME * torch.finfo(own.dtype).eps, MOST) else apart

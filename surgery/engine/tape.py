@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -48,6 +49,17 @@ class _Call:
     changes: bool
 
 
+class _Reads(TorchFunctionMode):
+    """Refuses what brings numbers to Python and is no operation."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            raise UnfitError(f"the model decides by numbers it has computed ({func.__name__})")
+        return func(*args, **(kwargs or {}))
+
+
 class Tape(TorchDispatchMode):
     """Notes what runs inside `with tape:`; `replay` runs it again on the same tensors.
 
@@ -60,13 +72,23 @@ class Tape(TorchDispatchMode):
         self._changing = {x.untyped_storage().data_ptr() for x in inputs}
         self._noted: list[_Call] = []
         self._calls: list[Callable[[], Any]] | None = None
-        self._kept: list[Any] = []  # tensors, so that no memory of one is another's later
+        self._kept: list[list[Tensor]] = []  # so that no memory of one is another's later
+        self._reads = _Reads()
+
+    def __enter__(self) -> Tape:
+        self._reads.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._reads.__exit__(*raised)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # an operation may look at numbers: it does so again in a replay
+            result = func(*args, **kwargs)
         given, made = ([x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
         if _decides(func, args) or (given and not made and not func._schema.is_mutable):
             raise UnfitError(f"the model decides by numbers it has computed ({func})")
@@ -80,8 +102,12 @@ class Tape(TorchDispatchMode):
             return result
         else:
             run = _into(func, args, kwargs, result)
-        call = {"func": func, "args": args, "kwargs": kwargs, "result": result, "run": run}
-        self._noted.append(_Call(**call, read=read, written=written, changes=changes))
+        self._noted.append(
+            _Call(
+                func=func, args=args, kwargs=kwargs, result=result,
+                run=run, read=read, written=written, changes=changes,
+            )
+        )  # fmt: skip
         return result
 
     @property
@@ -94,7 +120,9 @@ class Tape(TorchDispatchMode):
                 if call.changes or not changing.isdisjoint(call.read | call.written):
                     changing |= call.written
                     needed.append(call)
-            self._calls = _shortened(needed)
+            # Where a number is rounded to half precision a last digit more or less shows.
+            halves = any(x.dtype in (torch.float16, torch.bfloat16) for kept in self._kept for x in kept)
+            self._calls = [call.run for call in needed] if halves else _shortened(needed)
         return self._calls
 
     def replay(self) -> None:
@@ -121,7 +149,7 @@ def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
         bias = args[2] if len(args) > 2 else None
         multiply = torch.mm if bias is None else partial(torch.addmm, bias)
         return partial(multiply, rows, args[1].t(), out=made)
-    if name == "matmul" and all(x.is_contiguous() and x.shape[:-2] == result.shape[:-2] for x in (*args, result)):
+    if name == "matmul" and all(_is_batch(x, result.shape[:-2]) for x in (*args, result)):
         return partial(torch.bmm, *(x.view(-1, *x.shape[-2:]) for x in args), out=result.view(-1, *result.shape[-2:]))
     told = _told_where(func)
     if told is not None:
@@ -135,6 +163,11 @@ def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any)
                 held.copy_(new)
 
     return several
+
+
+def _is_batch(x: Tensor, lead: torch.Size) -> bool:
+    """Whether x is contiguous matrices, as many as `lead` says."""
+    return x.dim() > 1 and x.numel() > 0 and x.is_contiguous() and x.shape[:-2] == lead
 
 
 def _shortened(calls: list[_Call]) -> list[Callable[[], Any]]:
@@ -160,8 +193,8 @@ def _mean_square(calls: list[_Call], readers: Counter[int]) -> Callable[[], Any]
     if not squares or mean_of is not square.result or add_to is not mean.result or over != [[-1], True]:
         return None
     alone = all(readers[storage] == 1 for call in (square, mean) for storage in call.written)
-    wide = x.dtype in (torch.float32, torch.float64) and x.dtype == add.result.dtype
-    if not alone or not wide or not x.is_contiguous() or not isinstance(epsilon[0], float):
+    plain = x.is_contiguous() and x.numel() > 0 and x.dtype == add.result.dtype and isinstance(epsilon[0], float)
+    if not alone or not plain:
         return None
     rows = x.view(-1, 1, x.shape[-1])
     offset = x.new_tensor(epsilon[0]).expand(len(rows), 1, 1)
