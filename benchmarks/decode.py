@@ -38,7 +38,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contexts", help="tokens: 4k to 64k on a CPU, 4k to 1m on a GPU")
     parser.add_argument("--generate-up-to", default="128k", help="longest context of Hugging Face's own path")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seconds", type=float, default=30.0, help="of a context, after which no further round begins")
     found = parse_pair(parser, given)
     found.contexts = found.contexts or ("4k,16k,64k" if found.device == "cpu" else "4k,32k,128k,512k,1m")

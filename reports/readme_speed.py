@@ -81,7 +81,7 @@ def _operators(record: Record) -> str:
     if linear is not None:
         span = f"{format_length(linear['from'])} to {format_length(linear['to'])}"
         strays = f"{linear['largest deviation']:.0%}"
-        text += f" From {span} tokens the time of a token strays from its mean by {strays} at most."
+        text += f" From {span} tokens the time of a token strays from its mean by {strays} at most (fastest rounds)."
     return f"{render(header, cells)}\n\n{text}"
 
 

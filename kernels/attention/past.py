@@ -2,7 +2,7 @@
 
 All queries see the whole past, so it needs no mask, and among themselves order alone decides. With o and l the outputs
 and the logs of the softmax sums of the two parts, the whole is (exp(l_1) o_1 + exp(l_2) o_2) / (exp(l_1) + exp(l_2)).
-A mask of the whole, which the fused kernel would want otherwise, is as large as the scores: with it a model takes 1.7
+A mask of the whole, which the fused kernel would want otherwise, is as large as the scores: with it a model takes 1.8
 times as long for a prompt of 16K in pieces of 4K (benchmarks/prefill-cpu.json). A group's heads are read as queries of
 their key head, so keys and values are not repeated.
 """
