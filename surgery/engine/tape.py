@@ -171,7 +171,7 @@ def _is_batch(x: Tensor, lead: torch.Size) -> bool:
 
 
 def _shortened(calls: list[_Call]) -> list[Callable[[], Any]]:
-    """What replays the calls, with one product of x and itself for mean(x^2) + epsilon, half the time of a norm."""
+    """What replays the calls, with one product of x and itself for the mean(x^2) + epsilon of a norm."""
     readers = Counter(storage for call in calls for storage in call.read)
     short: list[Callable[[], Any]] = []
     at = 0
