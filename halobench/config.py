@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from halobench.errors import UserError, unknown_name
+from halobench.errors import UserError, reason_of, unknown_name
 
 C = TypeVar("C")
 
@@ -109,6 +109,8 @@ def read_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as YAML text: {reason_of(error)}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
@@ -133,7 +135,10 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise UserError(f"--set {override!r}: {parent!r} is a value, not a table")
-        node[last] = yaml.safe_load(text)
+        try:
+            node[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override!r}: {text!r} is not valid YAML; put it in quotes") from error
     return result
 
 

@@ -22,10 +22,14 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or error.errno is None and "written" in str(error):  # numpy's
             raise HalobenchError(f"no space left to write {path}; free some room and run again to resume") from error
         if error.errno in UNWRITABLE:
             raise HalobenchError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
+        raise
+    except Exception as error:  # of safetensors, which tells in words
+        if "No space left on device" in str(error):
+            raise HalobenchError(f"no space left to write {path}; free some room and run again to resume") from error
         raise
 
 

@@ -13,6 +13,7 @@ from halobench.config import from_dict, to_dict
 from halobench.errors import HalobenchError, UserError
 from halobench.files import read_json, write_json
 from halobench.models import CARD, card_of, load, resolve
+from halobench.preflight import check_request
 from halobench.progress import say
 from halobench.provenance import model_hash
 from halobench.recipe import STAGES, Recipe
@@ -69,31 +70,27 @@ class Conversion:
         where = Path(resolve(teacher))
         self.teacher_hash = model_hash(where) if where.is_dir() else teacher
         self.team = Team.join(device)  # first, for it chooses this process's device
-        self._check()
+        check_request(self)
         identity = {
             "teacher": self.teacher_hash,
             "recipe": to_dict(recipe),
             "layers": list(given) if given else None,
             "data": corpus_hashes(recipe.data),
         }
+        base = self._aligned_run(aligned, identity) if aligned is not None else None
+        if base is not None and (note := base.note("align")) is not None:
+            identity["aligned"] = note.hash
         if self.team.leads:
-            RunFolder(folder, identity, teacher).sweep()
+            begun = RunFolder(folder, identity, teacher)
+            begun.sweep()
+            begun.drop_halves()
         self.team.wait()
         if not (folder / "run.json").exists():
             raise UserError(
                 f"{folder} is not seen by every process; several machines need one folder that all can reach"
             )
         self.run = RunFolder(folder, identity, teacher)
-        self.base = self._aligned_run(aligned, identity) if aligned is not None else self.run
-
-    def _check(self) -> None:
-        """Raises UserError for what can be known to be wrong before anything is written."""
-        from halobench.surgery.corpus import check_tokenizer
-        from halobench.surgery.documents import source_files
-
-        check_tokenizer(self.tokenizer, self.teacher.config)
-        self.recipe.plan(self.teacher.config, list(self.given) if self.given else self.recipe.keep)
-        source_files(self.recipe.data)
+        self.base = base or self.run
 
     def _aligned_run(self, path: Path, identity: dict[str, Any]) -> RunFolder:
         if not (path / "run.json").exists() or not (path / "align" / "stage.json").exists():
@@ -211,8 +208,10 @@ class Conversion:
         from halobench.mixers.forms import ask_for
         from halobench.surgery.checkpoint import load_mixers
 
-        self.align()
-        found = load_mixers(self.base.path / "align" / "mixers", self.teacher, dtype)
+        folder = self.base.path / "align" / "mixers"
+        if model_hash(folder) != self.align().hash:
+            raise HalobenchError(f"{folder} is not what stage align wrote (its hash changed); remove the folder align")
+        found = load_mixers(folder, self.teacher, dtype)
         for mixer in found.values():
             ask_for(mixer.to(self.device).eval(), self.kernels)
         return found

@@ -7,10 +7,11 @@ null takes what the other has away.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from halobench.config import apply_overrides, from_dict, read_yaml
 from halobench.errors import UserError, unknown_name
@@ -78,8 +79,13 @@ class SelectConfig:
     kl_length: int
     restore_tokens: int = 0
     unit_tokens: int = 16_384
-    recall_metric: str = "answer_logprob"
-    csr_metric: str = "margin"
+    recall_metric: Literal["answer_logprob", "accuracy"] = "answer_logprob"
+    csr_metric: Literal["margin", "acc", "acc_norm"] = "margin"
+
+    def __post_init__(self) -> None:
+        for name in ("haystacks", "items", "kl_sequences", "kl_length", "unit_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"selection.{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +100,17 @@ class ScaleConfig:
     lengths: list[int]
     sequences: int
     refine: int = 0
+
+    def __post_init__(self) -> None:
+        bases = [value for value in self.candidates if value is not None]
+        if not self.candidates or any(not 1 < value < math.inf for value in bases):
+            raise UserError(
+                f"scale.candidates is {self.candidates}; give null or numbers above 1, bases of a logarithm"
+            )
+        if not self.lengths or min(self.lengths) < 2 or self.sequences < 1 or self.refine < 0:
+            raise UserError(
+                "scale needs lengths of at least 2 tokens, a sequence or more of each, and refine from 0 on"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +169,10 @@ class Recipe:
         for stage, config in (("align", self.align), ("distil", self.distil)):
             if config.tokens < 1:
                 raise UserError(f"{stage}.tokens is {config.tokens}; of the stages only finetune may have no budget")
+        if "rope" in self.softmax_options:
+            raise UserError("softmax_options.rope is set by `hype`: with HyPE softmax layers have no positions")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to 2^63")
 
     def kept_count(self, layers: int) -> int:
         """Softmax layers that stay in a model of `layers`."""

@@ -12,6 +12,8 @@ RUN/model/              the finished hybrid, with its card
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from halobench.surgery.loop import StageResult
 
 CURVE = 60  # points of a training curve in a record
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.(?:tmp|old)")  # as halobench.files names what is not whole yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +84,20 @@ class RunFolder:
     def __init__(self, path: Path, identity: dict[str, Any], teacher: str) -> None:
         self.path = path
         begun = path / "run.json"
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} exists and is not a run of halobench; choose another -o")
+        held = [entry for entry in path.iterdir() if not _TEMPORARY.fullmatch(entry.name)] if path.exists() else []
         if begun.exists():
-            from halobench.surgery.training_state import differences
-
-            differing = differences(read_json(begun)["identity"], identity)
-            if differing:
+            differing = _differences(begun, identity)
+            if differing and len(held) > 1:
                 raise UserError(
                     f"{path} holds another run: {'; '.join(differing[:4])}. Use the same settings, or another -o"
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not differing:
+                return
+        elif held:
             raise UserError(f"{path} exists and is not a run of halobench; choose another -o")
-        else:
-            write_json(begun, {"identity": identity, "teacher": teacher, "begun": now(), "environment": environment()})
+        write_json(begun, {"identity": identity, "teacher": teacher, "begun": now(), "environment": environment()})
 
     def note(self, stage: str) -> StageNote | None:
         """The note of a finished stage, or None."""
@@ -116,7 +121,33 @@ class RunFolder:
         for note in self.path.glob("*/stage.json"):
             shutil.rmtree(note.parent / "checkpoints", ignore_errors=True)
 
+    def drop_halves(self) -> None:
+        """Drops what was half-written by processes of this machine that are no more."""
+        for entry in [*self.path.rglob(".*.tmp"), *self.path.rglob(".*.old")]:
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and not _runs(int(found[1])):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+
     def finish(self, note: StageNote) -> None:
         """Marks a stage complete and drops its checkpoints."""
         write_json(self.path / note.stage / "stage.json", to_dict(note))
         self.sweep()
+
+
+def _differences(begun: Path, identity: dict[str, Any]) -> list[str]:
+    from halobench.surgery.training_state import differences
+
+    there = read_json(begun)
+    if not isinstance(there, dict) or not isinstance(there.get("identity"), dict):
+        raise UserError(f"{begun} is damaged: it has no identity; choose another -o, or remove the folder")
+    return differences(there["identity"], identity)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -88,7 +88,7 @@ def load_model(
         )
     except UserError:
         raise
-    except (*BAD_CONFIG, RuntimeError, SafetensorError) as error:
+    except (*BAD_CONFIG, ImportError, RuntimeError, SafetensorError) as error:
         what = "cannot be loaded" if folder.exists() else "is neither a folder here nor a model the hub will give"
         raise UserError(f"{path} {what}: {reason_of(error)}") from error
     model, report = loaded
@@ -101,7 +101,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; UserError when there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(
             f"{path} has no tokenizer that can be loaded; put the teacher's tokenizer files there"
         ) from error
@@ -234,6 +234,11 @@ def load_mixers(directory: Path, teacher: PreTrainedModel, dtype: torch.dtype | 
         raise UserError(f"{directory / 'mixers.safetensors'} is missing or damaged ({error})") from error
     views = read_attention(teacher)
     mixers = {}
+    nameless = {name.split(".")[1] for name in tensors} - set(described["layers"])
+    if nameless:
+        raise UserError(
+            f"{directory / 'mixers.json'} does not describe layers {', '.join(sorted(nameless))}: it is damaged"
+        )
     for key, layer in described["layers"].items():
         index = int(key)
         if index >= len(views):

@@ -46,6 +46,8 @@ def encode_corpus(files: list[Path], tokenizer: PreTrainedTokenizerBase) -> np.n
     tokenizer; the memory needed is that of the longest document, not of the corpus.
     """
     cache = cache_folder() / "tokens" / f"{_corpus_key(files, tokenizer)}.uint32"
+    if cache.exists() and (cache.stat().st_size == 0 or cache.stat().st_size % 4):
+        cache.unlink()  # whoever cut it off, not we
     if not cache.exists():
         total = sum(path.stat().st_size for path in files)
         progress = Progress("tokenise", total, unit="bytes", quiet=total < _LONG_WORK)

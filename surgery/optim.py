@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from halobench.errors import UserError
 from halobench.surgery.anatomy import attention_modules
 from halobench.surgery.parallel import like, whole
+
+_IN: dict[str, Callable[[float], bool]] = {
+    "from 0 on": lambda x: 0 <= x < math.inf,
+    "above 0": lambda x: x > 0,
+    "above 0 and at most 1": lambda x: 0 < x <= 1,
+    "from 0 to below 1": lambda x: 0 <= x < 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +48,17 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.matrix_rate is not None and self.rest_rate is not None:
             raise UserError("optim has a matrix_rate (Muon) and a rest_rate (AdamW in two parts); give one of them")
+        ranges = {
+            "from 0 on": ("rate", "final", "warmup_steps", "matrix_rate", "rest_rate", "weight_decay"),
+            "above 0": ("clip",),
+            "above 0 and at most 1": ("decay",),
+            "from 0 to below 1": ("beta1", "beta2"),
+        }
+        for allowed, names in ranges.items():
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not _IN[allowed](value):
+                    raise UserError(f"optim.{name} is {value}; it must be {allowed}")
 
 
 def rate_factor(config: OptimConfig, step: int, steps: int) -> float:

@@ -32,7 +32,7 @@ def convert(
     set_: options.Sets = None,
 ) -> None:
     """Convert a teacher into a hybrid: transfer, align, select layers, distil, finetune. Resumes what it began."""
-    from halobench.errors import unknown_name
+    from halobench.errors import UserError, unknown_name
     from halobench.mixers import MIXERS
     from halobench.pipeline import Conversion
     from halobench.progress import say
@@ -42,6 +42,11 @@ def convert(
     if until not in STAGES:
         raise unknown_name("stage", until, STAGES)
     given = options.parse_layers(layers)
+    if given and (keep is not None or select not in (None, "given")):
+        what = "--keep" if keep is not None else f"--select {select}"
+        raise UserError(
+            f"--layers says which layers stay softmax, and {what} would choose others; leave one of them out"
+        )
     overrides = [*(set_ or []), *options.keep_override(keep), *options.mixer_override(mixer)]
     named = {"select": "given" if given and select is None else select, "data": data}
     overrides += [f"{field}={value}" for field, value in named.items() if value is not None]

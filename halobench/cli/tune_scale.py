@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,7 +58,7 @@ def tune_scale(
     source = data or _own_data(model) or "sample"
     found = search_scale(student, _mixture(source, tokenizer, planted), search, chosen)
     if write:
-        set_scale(where / "config.json", found.best)
+        set_scale(where, found.best)
     settings = {"model": model, "data": source, "planted": planted, "seed": 0, "device": chosen, **vars(search)}
     record = _record(settings, found, before=before, written=write)
     write_json(out / RECORD, record)
@@ -74,11 +75,13 @@ def tune_scale(
 def parse_candidates(text: str) -> list[float | None]:
     """ "none,50,1k" -> [None, 50.0, 1000.0]."""
     from halobench.errors import UserError
-    from halobench.units import parse_count
 
     found: list[float | None] = []
     for part in (p.strip().lower() for p in text.split(",")):
-        value = None if part == "none" else float(parse_count(part))
+        number = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(k?)", part)
+        if part != "none" and number is None:
+            raise UserError(f"candidate {part!r} is not a number; write none,50,1k")
+        value = float(number[1]) * (1000 if number[2] else 1) if number else None
         if value is not None and value <= 1:
             raise UserError(f"candidate {part!r} is not above 1, as the base of a logarithm must be; write none,50,1k")
         if value not in found:
@@ -123,15 +126,20 @@ def _mixture(source: str, tokenizer: Any, share: float) -> Any:
     return Mixture(text, Planted(tokenizer, text, 0) if share > 0 else None, share, 0)
 
 
-def set_scale(path: Path, a: float | None) -> None:
-    """Sets a in every softmax layer of the plan in a hybrid's config.json; the file is replaced whole."""
+def set_scale(folder: Path, a: float | None) -> None:
+    """Sets a in every softmax layer of the plan in a hybrid's config.json, and in its card that it is another model."""
     from halobench.files import read_json, write_json
+    from halobench.models import CARD
+    from halobench.provenance import model_hash
 
+    path, card = folder / "config.json", folder / CARD
     config = read_json(path)
     for layer in config["plan"]["layers"]:
         if layer["mixer"] == "softmax":
             layer["options"]["logits_scale_base"] = a
     write_json(path, config)
+    if card.is_file():  # or what was measured before would pass for this model's
+        write_json(card, {**read_json(card), "hash": model_hash(folder)})
 
 
 def _record(settings: dict[str, Any], found: FoundScale, *, before: float | None, written: bool) -> dict[str, Any]:
