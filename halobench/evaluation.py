@@ -59,6 +59,8 @@ class EvalRequest:
             raise UserError(f"--limit {self.limit} leaves nothing to measure; give 1 or more")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed} is negative; give 0 or more")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed {self.seed} is too large; give less than 2^32")
         if self.data_dir is not None and not self.data_dir.is_dir():
             raise UserError(f"--data-dir {self.data_dir} is not a folder")
         whole = [suite for suite in self.suites if "precision" not in self.settings(suite)]
@@ -84,10 +86,12 @@ class Evaluation:
 
     def __init__(self, name: str, out: Path, request: EvalRequest, device: str) -> None:
         from halobench.mixers.forms import ask_for
+        from halobench.surgery.corpus import check_ids
 
         resolve(name)
         self.name, self.request, self.device = name, request, device
         self.model, self.tokenizer = load(name, device=device)
+        check_ids(self.tokenizer, self.model.config)
         ask_for(self.model, request.kernels)
         self.card = card_of(name, self.model)
         self.path = out / f"{slug(self.card)}.eval.record.json"
@@ -175,6 +179,10 @@ class Evaluation:
 
         make_folder(self.path.parent)
         missing = self.missing()
+        other = sorted(set(missing) & set(read_record(self.path).settings)) if self.path.exists() else []
+        if other:
+            what = ", ".join(other)
+            say(f"suite {what} was measured with other settings before; replaced here, another -o keeps both")
         for name in self.suites:
             if name not in missing:
                 say(f"suite {name}: done before, taken as it is")

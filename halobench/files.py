@@ -75,6 +75,8 @@ def make_folder(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` atomically."""
+    if path.is_dir():
+        raise HalobenchError(f"{path} is a folder, and a file of that name is to be written; choose another place")
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

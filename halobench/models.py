@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,9 @@ def card_of(name: str, model: Any) -> ModelCard:
     """The card in a hybrid's folder, or one made for an untouched decoder."""
     where = Path(resolve(name))
     if (where / CARD).exists():
-        return from_dict(ModelCard, read_json(where / CARD), str(where / CARD))
+        card = from_dict(ModelCard, read_json(where / CARD), str(where / CARD))
+        files = model_hash(where) if card.files else ""
+        return card if files == card.files else replace(card, hash=files, files=files)
     config = model.config
     local = where.is_dir()
     called = where.name if local and name != "tiny" else name

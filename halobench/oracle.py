@@ -63,9 +63,9 @@ class OracleSettings:
 
     def sets(self, layers: int) -> list[tuple[int, ...]]:
         """Every set of `keep` of `layers` layers; UserError when they are too many to convert."""
-        count = math.comb(layers, self.keep)
         if not 0 < self.keep < layers:
             raise UserError(f"--keep {self.keep} leaves no choice among {layers} layers; keep 1 to {layers - 1}")
+        count = math.comb(layers, self.keep)
         if count > self.most:
             raise UserError(
                 f"keeping {self.keep} of {layers} layers can be done in {count:,} ways and each is a training run; "

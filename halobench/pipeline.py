@@ -341,6 +341,7 @@ class Conversion:
         folder = self.run.path / "model"
         if self.team.leads:
             save_model(folder, student, self.tokenizer)
+            card = replace(card, files=model_hash(folder))
             self._record(card, losses, used(student))
             write_json(folder / CARD, to_dict(card))
         self.team.wait()

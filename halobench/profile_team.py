@@ -50,7 +50,10 @@ class Team:
         self.models, self.cards = _opened(job, self.device)
         longest = max(job.request.contexts) + job.request.new_tokens
         for model in self.models:
-            check_context(model, longest)
+            try:
+                check_context(model, longest)
+            except UserError as error:
+                raise UserError(f"{error}, less the {job.request.new_tokens} that --new-tokens adds") from error
         self.sizes = [_sizes(card, model) for card, model in zip(self.cards, self.models, strict=True)]
         self.measured = MeasuredRows.of(job.out, self._identity())
         self.rows: list[list[ProfileRow]] = []  # of each cell that is done, a row a model

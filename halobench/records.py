@@ -57,6 +57,7 @@ class ModelCard:
 
     name: shown to people. selector: how the kept layers were chosen (several names when they agree).
     kept: 0-based softmax layers; None for an untouched decoder. positions: "rope", "hype" (none in softmax layers).
+    files: hash of the hybrid's weights and config as they were written; with others it is another model.
     """
 
     name: str
@@ -65,6 +66,7 @@ class ModelCard:
     layers: int
     parameters: int
     teacher: str
+    files: str = ""
     mixer: str | None = None
     selectors: list[str] = field(default_factory=list)
     kept: list[int] | None = None

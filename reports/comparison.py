@@ -25,6 +25,7 @@ from halobench.reports.standing import MARGIN, Standing, reach, stand
 
 RESAMPLES = 5_000
 FLIPS = 20_000
+EXACT = 2**16  # sums of signed differences that are gone through one by one
 _ENOUGH = 10  # as many flips beyond what was seen settle a small p
 _BLOCK = 2_000_000  # numbers drawn at a time
 
@@ -223,12 +224,16 @@ def bootstrap_interval(
 
 
 def sign_flip_p(strata: Sequence[np.ndarray], rng: np.random.Generator, flips: int = FLIPS, most: int = FLIPS) -> float:
-    """Two-sided p of the mean paired difference under random signs.
+    """Two-sided p of the mean paired difference under random signs: of all signs, where their sums are few.
 
-    After `flips` draws, p is what they give when enough of them were as extreme as what was seen; otherwise drawing
-    goes on until enough are, or until `most` (Besag and Clifford 1991), so that a small p is known as well as a large.
+    Elsewhere signs are drawn: after `flips` draws, p is what they give when enough of them were as extreme as what was
+    seen; otherwise drawing goes on until enough are, or until `most` (Besag and Clifford 1991), so that a small p is
+    known as well as a large.
     """
     observed = abs(sum(float(values.mean()) for values in strata))
+    exact = _exact_p(strata, observed)
+    if exact is not None:
+        return exact
     done = extreme = 0
     while done < flips or (extreme < _ENOUGH and done < most):
         drawn = min(flips, max(most, flips) - done)
@@ -237,6 +242,22 @@ def sign_flip_p(strata: Sequence[np.ndarray], rng: np.random.Generator, flips: i
             return _ENOUGH / (done + 1 + int(np.searchsorted(found, _ENOUGH - extreme)))
         done, extreme = done + drawn, extreme + int(found[-1])
     return (extreme + 1) / (done + 1)
+
+
+def _exact_p(strata: Sequence[np.ndarray], observed: float) -> float | None:
+    """The share of all signs under which the sum is as far from 0 as `observed`; None for more sums than EXACT."""
+    sizes = np.concatenate([np.abs(values[values != 0]) / len(values) for values in strata])
+    if 2 ** min(len(np.unique(np.round(sizes, 12))), 62) > EXACT:
+        return None
+    sums: np.ndarray = np.zeros(1)
+    shares: np.ndarray = np.ones(1)
+    for size in sizes:
+        both = np.round(np.concatenate((sums + size, sums - size)), 12)
+        sums, where = np.unique(both, return_inverse=True)
+        shares = np.bincount(where, weights=np.concatenate((shares, shares)) / 2)
+        if len(sums) > EXACT:
+            return None
+    return min(1.0, float(shares[np.abs(sums) >= observed - 1e-9].sum()))
 
 
 def _flipped(strata: Sequence[np.ndarray], rng: np.random.Generator, flips: int) -> np.ndarray:

@@ -63,8 +63,8 @@ def _tests(marks: Sequence[Comparisons]) -> str:
         f"**Comparisons**: {tested} behind the marks, Holm-corrected per teacher at 5%. Samples are paired question by "
         "question, questions about one haystack being kept together; the paired difference weighs all samples alike, "
         f"where bits per byte itself weighs documents by size. Intervals by bootstrap ({RESAMPLES:,} resamples), "
-        f"p-values by sign flips ({FLIPS:,} or more); without samples, from the two standard errors; without those, no "
-        "claim."
+        f"p-values by sign flips (all if few, else {FLIPS:,} or more); without samples, from the two standard errors; "
+        "without those, no claim."
     )
 
 

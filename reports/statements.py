@@ -163,7 +163,9 @@ def _best(group: Group, marks: Comparisons, pooled: Target) -> str:
     if not scored:
         return f"**Among the hybrids**, {what}: not measured."
     top = max(scored, key=lambda pair: pair[0])[1]
-    rivals = [row for row in group.hybrids if row is not top and not _beaten(marks, top, row, pooled)]
+    rivals = [row for _, row in scored if row is not top and not _beaten(marks, top, row, pooled)]
+    if not rivals:
+        return f"**Among the hybrids**, {what}: of {_named(top)} alone there is a number."
     return (
         f"**Among the hybrids**, {what}: {_named(top)} has the highest number, but it is not told apart from "
         f"{', '.join(_named(row) for row in rivals)}."

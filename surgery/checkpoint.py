@@ -100,11 +100,14 @@ def load_model(
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; UserError when there is none."""
     try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UserError(
             f"{path} has no tokenizer that can be loaded; put the teacher's tokenizer files there"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made of nothing, by the name of the model's family
+        raise UserError(f"{path} has no tokenizer; put the teacher's tokenizer files there")
+    return tokenizer
 
 
 def load_config(path: str | Path) -> PretrainedConfig:
@@ -236,9 +239,7 @@ def load_mixers(directory: Path, teacher: PreTrainedModel, dtype: torch.dtype | 
     mixers = {}
     nameless = {name.split(".")[1] for name in tensors} - set(described["layers"])
     if nameless:
-        raise UserError(
-            f"{directory / 'mixers.json'} does not describe layers {', '.join(sorted(nameless))}: it is damaged"
-        )
+        raise UserError(f"{directory / 'mixers.json'} is damaged: it has no layer {', '.join(sorted(nameless))}")
     for key, layer in described["layers"].items():
         index = int(key)
         if index >= len(views):

@@ -102,11 +102,8 @@ def check_budget(source: TextSource, wanted: int, epochs: int, what: str) -> Non
     )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Raises UserError when the tokenizer cannot serve a model of this (transformers) configuration.
-
-    Its highest token id must have a row in the embedding, and documents need an end-of-text token to join them.
-    """
+def check_ids(tokenizer: PreTrainedTokenizerBase, config: Any) -> tuple[int, int]:
+    """Raises UserError unless the tokenizer's highest id has a row in the embedding; both ends."""
     vocabulary = int(config.get_text_config().vocab_size)
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocabulary:
@@ -114,6 +111,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
             f"the tokenizer has token ids up to {highest:,} but the model's vocabulary ends at {vocabulary - 1:,} "
             f"(vocab_size {vocabulary:,}); use the tokenizer that the model was trained with"
         )
+    return highest, vocabulary
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Raises UserError when the tokenizer cannot serve the training of a model of this (transformers) configuration.
+
+    Its highest token id must have a row in the embedding, and documents need an end-of-text token to join them.
+    """
+    highest, vocabulary = check_ids(tokenizer, config)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer ({highest + 1:,} tokens; the model's vocabulary has {vocabulary:,}) has no end-of-text "

@@ -315,11 +315,29 @@ def test_a_folder_that_cannot_be_is_said_before_anything_is_read(models, tmp_pat
     assert seen.haystacks == 0
 
 
+def test_numbers_of_other_settings_are_replaced_with_a_word(models, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    small = EvalRequest(suites=("niah",), lengths=(256,), limit=1)
+    for request, said in ((small, False), (small, False), (replace(small, limit=2), True)):
+        evaluate_model(models[0], tmp_path, request, "cpu")
+        assert ("suite niah was measured with other settings before" in capsys.readouterr().err) == said
+
+
+def test_a_model_without_a_tokenizer_of_its_own_is_refused(tmp_path, pico, bpe) -> None:  # type: ignore[no-untyped-def]
+    pico(vocab_size=len(bpe)).save_pretrained(tmp_path / "bare")
+    with pytest.raises(UserError, match="bare has no tokenizer"):
+        evaluate_model(str(tmp_path / "bare"), tmp_path / "out", REQUEST, "cpu")
+    pico(vocab_size=len(bpe) // 2).save_pretrained(tmp_path / "small")
+    bpe.save_pretrained(tmp_path / "small")
+    with pytest.raises(UserError, match="the tokenizer has token ids up to"):
+        evaluate_model(str(tmp_path / "small"), tmp_path / "out", REQUEST, "cpu")
+
+
 def test_what_is_wrong_is_said_before_any_model_is_loaded() -> None:
     for change, message in (
         ({"precision": 0.5}, "between 0 and 0.5"),
         ({"limit": 0}, "leaves nothing to measure"),
         ({"seed": -1}, "--seed -1 is negative; give 0 or more"),
+        ({"seed": 2**32}, "too large; give less than 2\\^32"),
         ({"suites": ("grit",)}, "did you mean 'grid'"),
     ):
         with pytest.raises(UserError, match=message):

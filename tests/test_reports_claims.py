@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -89,9 +90,21 @@ def test_all_of_a_few_questions_is_no_certainty() -> None:
 def test_a_large_family_can_still_find_what_is_clear() -> None:
     rng = np.random.default_rng(0)
     assert sign_flip_p([np.ones(40)], rng, most=400_000) < 0.05 / 1000
-    assert sign_flip_p([np.ones(14)], rng, most=400_000) == pytest.approx(2 / 2**14, rel=0.7)
-    assert sign_flip_p([np.ones(4)], rng, most=400_000) == pytest.approx(2 / 16, abs=0.01)
+    assert sign_flip_p([np.ones(14)], rng) == pytest.approx(2 / 2**14, rel=1e-9)
+    assert sign_flip_p([np.ones(4)], rng) == pytest.approx(2 / 16, rel=1e-9)
     assert sign_flip_p([np.zeros(4)], rng, most=400_000) == 1.0
+
+
+def test_few_differences_are_flipped_every_way() -> None:
+    rng = np.random.default_rng(0)
+    strata = [rng.integers(-4, 5, size=5) / 4, rng.normal(size=4)]
+    signs = np.array(list(itertools.product((-1, 1), repeat=9)))
+    sums = signs[:, :5] @ strata[0] / 5 + signs[:, 5:] @ strata[1] / 4
+    observed = abs(strata[0].mean() + strata[1].mean())
+    expected = float((np.abs(sums) >= observed - 1e-12).mean())
+    assert sign_flip_p(strata, rng) == pytest.approx(expected, rel=1e-12)
+    many = [rng.integers(-4, 5, size=36) / 4]
+    assert sign_flip_p(many, np.random.default_rng(1)) == sign_flip_p(many, np.random.default_rng(2))
 
 
 def test_the_flips_that_go_on_keep_their_level() -> None:

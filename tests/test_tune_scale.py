@@ -21,6 +21,7 @@ from halobench.config import to_dict
 from halobench.errors import UserError
 from halobench.files import write_json
 from halobench.models import CARD
+from halobench.provenance import model_hash
 from halobench.records import ModelCard
 from halobench.surgery import SurgeryPlan, transplant
 from halobench.surgery.checkpoint import load_model, save_model
@@ -204,6 +205,7 @@ def test_the_command_prints_one_document_and_changes_nothing_unless_told(finishe
 def test_writing_sets_the_best_in_the_config_and_the_model_loads_with_it(finished: Path, capsys: Any) -> None:
     tune(finished, "--write", "--candidates", "40", "--lengths", "96", "--refine", "0")
     assert "best: a = 40" in capsys.readouterr().out
+    assert json.loads((finished / CARD).read_text())["hash"] == model_hash(finished)  # it is another model now
     softmax = [m for m in load_model(finished).mixer_modules().values() if m.name == "softmax"]
     assert [mixer.options.logits_scale_base for mixer in softmax] == [40.0, 40.0]
     assert sorted(p.name for p in finished.iterdir() if p.name.startswith(".")) == []

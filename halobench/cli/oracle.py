@@ -30,6 +30,7 @@ def oracle(
     set_: options.Sets = None,
 ) -> None:
     """Convert every set of kept layers, judge selectors by what they lost. Takes hours on a CPU; resumes."""
+    from halobench.errors import UserError
     from halobench.oracle import OracleSettings, run_oracle
     from halobench.progress import say
     from halobench.recipe import load_recipe
@@ -39,6 +40,8 @@ def oracle(
 
     for name in method or []:
         SELECTORS.get(name)
+        if name == "given":
+            raise UserError("--method given keeps layers that somebody names; the oracle judges those that choose")
     settings = OracleSettings(keep=keep, judges=judges, leaders=leaders, haystacks=haystacks, most=most)
     chosen = load_recipe(recipe, set_ or [])
     record = run_oracle(teacher, chosen, method or list(METHODS), settings, out, workers)

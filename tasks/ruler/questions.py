@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,7 +120,7 @@ class _reading:  # noqa: N801
             opener: Callable[..., Any] = gzip.open if self.path.suffix == ".gz" else open
             with opener(self.path, "rt", encoding="utf-8") as file:
                 return json.load(file)
-        except (OSError, ValueError) as error:
+        except (EOFError, OSError, ValueError, zlib.error) as error:
             raise UserError(f"{self.path} cannot be read as JSON ({error}); give {self.form}") from error
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
