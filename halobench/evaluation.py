@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halobench.config import from_dict, to_dict
-from halobench.errors import UserError
+from halobench.errors import HalobenchError, UserError
 from halobench.files import make_folder, read_json, write_json
 from halobench.models import card_of, load, resolve
 from halobench.progress import say
@@ -287,7 +287,11 @@ def evaluate_models(
             evaluation = None
             release()
             evaluation = Evaluation(name, out, request, device)
-        records.append(evaluation.run())
+        try:
+            records.append(evaluation.run())
+        except HalobenchError as error:
+            kind = UserError if isinstance(error, UserError) else HalobenchError
+            raise kind(f"{name}: {error}") from error
     return records
 
 

@@ -68,6 +68,7 @@ class Conversion:
         self._shown: list[dict[str, Any]] = []  # the last table of what trains
         self._used: dict[str, str] = {}  # the forms that the mixers of the last stage really ran in
         where = Path(resolve(teacher))
+        named = str(where.resolve()) if where.is_dir() and teacher != "tiny" else teacher  # found from anywhere
         self.teacher_hash = model_hash(where) if where.is_dir() else teacher
         self.team = Team.join(device)  # first, for it chooses this process's device
         check_request(self)
@@ -81,7 +82,7 @@ class Conversion:
         if base is not None and (note := base.note("align")) is not None:
             identity["aligned"] = note.hash
         if self.team.leads:
-            begun = RunFolder(folder, identity, teacher)
+            begun = RunFolder(folder, identity, named)
             begun.sweep()
             begun.drop_halves()
         self.team.wait()
@@ -89,7 +90,7 @@ class Conversion:
             raise UserError(
                 f"{folder} is not seen by every process; several machines need one folder that all can reach"
             )
-        self.run = RunFolder(folder, identity, teacher)
+        self.run = RunFolder(folder, identity, named)
         self.base = base or self.run
 
     def _aligned_run(self, path: Path, identity: dict[str, Any]) -> RunFolder:

@@ -68,7 +68,14 @@ def _same_questions(left: Measured, right: Measured) -> bool:
     seeds = (seed_of(left.record, left.metric.suite), seed_of(right.record, right.metric.suite))
     clusters = (left.metric.clusters, right.metric.clusters)
     alike = None in clusters or _renumbered(clusters[0]) == _renumbered(clusters[1])
+    alike = alike and _text(left) == _text(right)
     return alike and len(_samples(left)) == len(_samples(right)) > 1 and (None in seeds or seeds[0] == seeds[1])
+
+
+def _text(measured: Measured) -> tuple[object, ...]:
+    """What decides how much of its documents suite ppl reads: a window's text is as long as the longest window."""
+    settings = measured.record.settings.get("ppl") if measured.metric.suite == "ppl" else None
+    return tuple(settings.get(name) for name in ("version", "limit", "lengths")) if isinstance(settings, dict) else ()
 
 
 def _renumbered(clusters: list[int] | None) -> list[int]:

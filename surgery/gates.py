@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halobench.errors import HalobenchError, some
+from halobench.errors import HalobenchError, UserError, some
 from halobench.progress import say
 from halobench.surgery.parallel import local
 
@@ -56,15 +56,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 def check_identity(teacher: Any, tokens_BT: Tensor) -> None:
     """Raises HalobenchError unless the student that replaces nothing gives the teacher's logits, bit for bit.
 
-    Raises UserError when the logits that losses would make of the teacher's hidden states are not its own.
+    Raises UserError when the teacher's logits are no numbers, or are not those that losses would make of its hidden
+    states.
     """
     from halobench.surgery import SurgeryPlan, transplant
     from halobench.surgery.heads import check_head
 
+    with torch.no_grad():
+        wanted = teacher.to(tokens_BT.device).eval()(input_ids=tokens_BT).logits
+    if wanted.isnan().any():
+        raise UserError(
+            "the teacher's logits of ordinary text are not numbers (NaN): its weights are damaged, or overflow in "
+            f"{str(wanted.dtype).removeprefix('torch.')}; give another checkpoint"
+        )
     check_head(teacher)
     student: Any = transplant(teacher, SurgeryPlan.for_model(teacher, keep="all"))
     with torch.no_grad():
-        wanted, got = (model.to(tokens_BT.device).eval()(input_ids=tokens_BT).logits for model in (teacher, student))
+        got = student.to(tokens_BT.device).eval()(input_ids=tokens_BT).logits
     if not torch.equal(wanted, got):
         raise HalobenchError(
             f"identity: the student with nothing replaced differs from the teacher by up to "

@@ -17,6 +17,7 @@ from halobench.models import CARD, card_of
 from halobench.pipeline import Conversion
 from halobench.recipe import load_recipe
 from halobench.run import RunFolder
+from halobench.surgery.checkpoint import load_model
 from tests.test_cli import SMALL
 
 
@@ -67,6 +68,19 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(teacher, t
     with pytest.raises(UserError, match=message):
         conversion(teacher, tmp_path / "run", value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_that_gives_no_numbers_is_named_so(teacher, tmp_path, bpe) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(teacher, tmp_path / "nan")
+    model = load_model(tmp_path / "nan")
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match="are not numbers"):
+        conversion(tmp_path / "nan", tmp_path / "run").convert("align")
+
+
+def test_a_run_finds_its_teacher_from_any_folder(done, teacher) -> None:  # type: ignore[no-untyped-def]
+    assert read_json(done / "run.json")["teacher"] == str(teacher.resolve())
 
 
 def test_lengths_beyond_a_table_of_positions_are_refused(tmp_path, pico, bpe) -> None:  # type: ignore[no-untyped-def]

@@ -78,8 +78,8 @@ def test_the_record_of_a_conversion_names_the_forms_that_trained_it(teacher_fold
     assert record["backends"] == {"device": "cpu", "retnet": "naive", "softmax": "sdpa"}
 
 
-def test_numbers_of_a_forced_form_are_not_mixed_with_others(teacher_folder: Path, tmp_path: Path) -> None:
-    teacher = make_pico("llama")
+def test_numbers_of_a_forced_form_are_not_mixed_with_others(teacher_folder: Path, tmp_path: Path, bpe) -> None:  # type: ignore[no-untyped-def]
+    teacher = make_pico("llama", vocab_size=len(bpe))
     student = transplant(teacher, SurgeryPlan.for_model(teacher, keep=[0]))
     student.save_pretrained(tmp_path / "student")
     for file in teacher_folder.glob("*token*"):

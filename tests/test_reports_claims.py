@@ -284,3 +284,18 @@ def test_github_makes_no_links_of_names() -> None:
     assert escape("www.example.org a@b.org WWW.x") == "www&#46;example.org a&#64;b.org WWW&#46;x"
     shown = page(make_board([evaluated(card("www.example.org a@b.org"), (90,))]))
     assert "&amp;#" not in shown and "www&#46;example.org a&#64;b.org" in shown
+
+
+def test_windows_over_other_stretches_of_text_are_not_paired() -> None:
+    target = Target(suite="ppl", task="novels", metric="bits_per_byte", lengths=(512,))
+
+    def read(model: ModelCard, bits: float, lengths: list[int]) -> RunRecord:
+        samples = [bits + 0.01 * i for i in range(8)]
+        novels = plain(
+            "ppl", "novels", "bits_per_byte", bits, 0.01, length=512, samples=samples, higher_is_better=False
+        )
+        return record(model, [novels], settings={"ppl": {"seed": 0, "version": 2, "limit": 8, "lengths": lengths}})
+
+    for lengths, method in (([512], "paired"), ([512, 8192], "independent")):
+        rows = build_rows([read(HALO, 1.5, [512]), read(EVEN, 1.6, lengths)])
+        assert compare(rows, [target]).items[0].method == method
