@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any
 
 from halobench.errors import HalobenchError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 UNWRITABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+_HALF = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.(?P<kind>tmp|old)")  # what `atomic_path` and `_replace` call it
 
 
 @contextmanager
@@ -21,16 +24,19 @@ def _explained(path: Path) -> Iterator[None]:
     """Turns the errors of a full or unwritable disk into one clear line."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or error.errno is None and "written" in str(error):  # numpy's
+    except Exception as error:
+        if _is_full(error):
             raise HalobenchError(f"no space left to write {path}; free some room and run again to resume") from error
-        if error.errno in UNWRITABLE:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise HalobenchError(f"{path} cannot be written ({error.strerror}); choose another folder") from error
         raise
-    except Exception as error:  # of safetensors, which tells in words
-        if "No space left on device" in str(error):
-            raise HalobenchError(f"no space left to write {path}; free some room and run again to resume") from error
-        raise
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk is full: safetensors tells in words, numpy that not all was written, without a number."""
+    if not isinstance(error, OSError):
+        return any(f"os error {number}" in str(error) for number in FULL)
+    return error.errno in FULL or error.errno is None and "written" in str(error)
 
 
 @contextmanager
@@ -71,6 +77,31 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def is_half_written(path: Path) -> bool:
+    """Whether a name is one that `atomic_path` gives to what is not whole yet."""
+    return _HALF.fullmatch(path.name) is not None
+
+
+def drop_halves(folder: Path) -> None:
+    """Drops what processes of this machine that are no more have left half-written below a folder."""
+    for entry in [*folder.rglob(".*.tmp"), *folder.rglob(".*.old")]:
+        found = _HALF.fullmatch(entry.name)
+        if found is None or _runs(int(found["process"])):
+            continue
+        if found["kind"] == "tmp" or entry.with_name(found["name"]).exists():  # else the old one is all there is
+            _remove(entry)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from halobench.config import from_dict, to_dict
 from halobench.errors import HalobenchError, UserError
-from halobench.files import read_json, write_json
+from halobench.files import drop_halves, read_json, write_json
 from halobench.models import CARD, card_of, load, resolve
 from halobench.preflight import check_request
 from halobench.progress import say
@@ -82,9 +82,8 @@ class Conversion:
         if base is not None and (note := base.note("align")) is not None:
             identity["aligned"] = note.hash
         if self.team.leads:
-            begun = RunFolder(folder, identity, named)
-            begun.sweep()
-            begun.drop_halves()
+            RunFolder(folder, identity, named).sweep()
+            drop_halves(folder)
         self.team.wait()
         if not (folder / "run.json").exists():
             raise UserError(

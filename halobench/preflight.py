@@ -27,14 +27,13 @@ def check_request(conversion: Conversion) -> None:
 
 def _check_lengths(conversion: Conversion) -> None:
     """No stage may read beyond a teacher's table of positions."""
-    from halobench.tasks.scoring import most_positions
+    from halobench.tasks.scoring import check_context
 
-    recipe, most = conversion.recipe, most_positions(conversion.teacher)
+    recipe = conversion.recipe
     stages = {"align": recipe.align, "distil": recipe.distil, "finetune": recipe.finetune, "scale": recipe.scale}
     for stage, config in stages.items():
         longest = max(config.lengths) if config is not None else 0
-        if most is not None and longest > most:
-            kind = conversion.teacher.config.model_type
-            raise UserError(
-                f"{stage}.lengths has {longest}; {kind} has a table of {most} positions: choose lengths up to that"
-            )
+        try:
+            check_context(conversion.teacher, longest)
+        except UserError as error:
+            raise UserError(f"{stage}.lengths has {longest}; {error}") from error

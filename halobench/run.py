@@ -12,8 +12,6 @@ RUN/model/              the finished hybrid, with its card
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from halobench.config import from_dict, to_dict
 from halobench.errors import UserError
-from halobench.files import read_json, write_json
+from halobench.files import is_half_written, read_json, write_json
 from halobench.provenance import environment, now
 from halobench.records import LedgerRow
 
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from halobench.surgery.loop import StageResult
 
 CURVE = 60  # points of a training curve in a record
-_TEMPORARY = re.compile(r"\..+\.(\d+)\.(?:tmp|old)")  # as halobench.files names what is not whole yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +83,7 @@ class RunFolder:
         begun = path / "run.json"
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} exists and is not a run of halobench; choose another -o")
-        held = [entry for entry in path.iterdir() if not _TEMPORARY.fullmatch(entry.name)] if path.exists() else []
+        held = [entry for entry in path.iterdir() if not is_half_written(entry)] if path.exists() else []
         if begun.exists():
             differing = _differences(begun, identity)
             if differing and len(held) > 1:
@@ -121,13 +118,6 @@ class RunFolder:
         for note in self.path.glob("*/stage.json"):
             shutil.rmtree(note.parent / "checkpoints", ignore_errors=True)
 
-    def drop_halves(self) -> None:
-        """Drops what was half-written by processes of this machine that are no more."""
-        for entry in [*self.path.rglob(".*.tmp"), *self.path.rglob(".*.old")]:
-            found = _TEMPORARY.fullmatch(entry.name)
-            if found and not _runs(int(found[1])):
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-
     def finish(self, note: StageNote) -> None:
         """Marks a stage complete and drops its checkpoints."""
         write_json(self.path / note.stage / "stage.json", to_dict(note))
@@ -141,13 +131,3 @@ def _differences(begun: Path, identity: dict[str, Any]) -> list[str]:
     if not isinstance(there, dict) or not isinstance(there.get("identity"), dict):
         raise UserError(f"{begun} is damaged: it has no identity; choose another -o, or remove the folder")
     return differences(there["identity"], identity)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

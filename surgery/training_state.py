@@ -7,14 +7,12 @@ STAGE/checkpoints/step-000120/weights.safetensors    what trains, whole, by name
 
 from __future__ import annotations
 
-import errno
 import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,7 +70,7 @@ class Checkpoints:
         with atomic_path(target) as folder:
             folder.mkdir(parents=True)
             for name, tensors in ((WEIGHTS, weights), (MOMENTS, moments)):
-                _write_tensors(tensors, folder / name)
+                save_file(tensors, folder / name)
             files = {name: _fingerprint(folder / name) for name in (WEIGHTS, MOMENTS)}
             write_json(folder / STATE, {**state, "step": step, "files": files})
             shutil.rmtree(target, ignore_errors=True)  # there is one only where it was found damaged
@@ -122,17 +120,6 @@ def differences(before: Any, after: Any, where: str = "") -> list[str]:
 def _step(path: Path) -> int:
     number = path.name.removeprefix("step-")
     return int(number) if number.isdigit() else -1
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """save_file, with the error of a full disk as the OSError it is."""
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        for number in (errno.ENOSPC, errno.EDQUOT):
-            if f"os error {number}" in str(error):
-                raise OSError(number, str(error)) from error
-        raise
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from halobench.errors import HalobenchError, UserError
-from halobench.files import read_json, write_json
+from halobench.files import drop_halves, read_json, write_json
 from halobench.models import CARD, card_of
 from halobench.pipeline import Conversion
 from halobench.recipe import load_recipe
@@ -152,10 +152,20 @@ def test_what_dead_processes_left_half_written_is_dropped(tmp_path) -> None:  # 
     for name in names:
         (tmp_path / "run" / "distil" / name).mkdir()
     shutil.move(tmp_path / "run" / "distil", tmp_path / "distil")
-    folder = RunFolder(tmp_path / "run", {"recipe": 1}, "tiny")
+    RunFolder(tmp_path / "run", {"recipe": 1}, "tiny")
     shutil.move(tmp_path / "distil", tmp_path / "run" / "distil")
-    folder.drop_halves()
+    drop_halves(tmp_path / "run")
     assert {name: (tmp_path / "run" / "distil" / name).exists() for name in names} == names
+
+
+def test_an_old_folder_whose_successor_never_came_is_kept(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("alone", "replaced"):
+        (tmp_path / f".{name}.{ended.pid}.old").mkdir()
+    (tmp_path / "replaced").mkdir()
+    drop_halves(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f".alone.{ended.pid}.old", "replaced"}
 
 
 def test_a_damaged_run_is_named(tmp_path) -> None:  # type: ignore[no-untyped-def]
